@@ -1,0 +1,7 @@
+"""Saltire: low-bit inference, lossless self-speculation, entropy-scheduled RL, long-context data.
+
+Importing it registers the quantisation method ``saltire`` with transformers, so that
+``AutoModelForCausalLM.from_pretrained`` loads Saltire's checkpoints.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""Low-level kernels: one file per room of csrc, each with its public function and fake kernel."""
+
+from saltire.ops.isa import best_isa, current_isa, force_isa, isa_reason
+
+__all__ = ["best_isa", "current_isa", "force_isa", "isa_reason"]
