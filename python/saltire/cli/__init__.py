@@ -14,7 +14,7 @@ def build_app() -> typer.Typer:
     """The command with every verb of this folder, in alphabetical order."""
     app = typer.Typer(
         name="saltire",
-        help="Low-bit inference, lossless self-speculation, entropy-scheduled RL, long-context data.",
+        help="Low-bit inference, lossless self-speculation, entropy-scheduled RL, long context.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
