@@ -1,1 +1,1 @@
-"""Pure-torch specification of every op: the shortest correct code, float64, for tests and benches."""
+"""Pure-torch specification of every op: shortest correct code, for tests and benches."""

@@ -58,7 +58,7 @@ def lowbit_gemm(
 ) -> Tensor:
     """Activations of low bits times weights of low bits, float64 [M, N]::
 
-        y[m, n] = x_scale[m] · Σ_g scale[n, g] · (Σ_{k in g} x[m, k]·u[n, k] - zero[n, g]·x_sum[m, g])
+        y[m, n] = x_scale[m] · Σ_g scale[n, g] · (Σ_k∈g x[m, k]·u[n, k] - zero[n, g]·x_sum[m, g])
                   + Σ_r low_rank_x[m, r]·low_rank_w[r, n] + bias[n]
 
     The inner sums are exact integers. codes: int8 [M, K]; x_scale: float [M]; x_sum: int32

@@ -57,9 +57,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round each token symmetrically: ``code = clamp(round(y / scale), -Q, Q)``.
 
-    ``Q = 2**(bits - 1) - 1`` and ``scale = clip * max|y| / Q``; ties go to the even code. A token of
-    zeros has scale 0 and codes 0. A token that holds a NaN or an infinity has scale NaN and codes
-    0, so that whatever is computed from it is NaN: it is marked, never silently wrong.
+    ``Q = 2**(bits - 1) - 1`` and ``scale = clip * max|y| / Q``; ties go to the even code. A token
+    of zeros has scale 0 and codes 0. A token that holds a NaN or an infinity has scale NaN and
+    codes 0, so that whatever is computed from it is NaN: it is marked, never silently wrong.
 
     y: float [M, K]. Returns codes int8 [M, K]; scale float32 [M]; sums int32 [M, K / sum_group],
     the sum of codes in each group of ``sum_group`` inputs (0: one group of K).
