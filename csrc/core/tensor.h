@@ -71,7 +71,7 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
 }
 
 // Kernels walk memory in order; a view is copied once here, which costs less than striding.
-inline Tensor contiguous(const Tensor& t) {
+inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 

@@ -1,5 +1,13 @@
 """Low-level kernels: one file per room of csrc, each with its public function and fake kernel."""
 
 from saltire.ops.isa import best_isa, current_isa, force_isa, isa_reason
+from saltire.ops.transform_quantize import transform, transform_quantize
 
-__all__ = ["best_isa", "current_isa", "force_isa", "isa_reason"]
+__all__ = [
+    "best_isa",
+    "current_isa",
+    "force_isa",
+    "isa_reason",
+    "transform",
+    "transform_quantize",
+]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from saltire.errors import SaltireError
 from saltire.ops.library import _C
 
+_forced = [""]  # the names of the `with` blocks that are open, innermost last
+
 ISAS = ("ref", "avx2", "avx512")
 
 
@@ -33,11 +35,14 @@ def force_isa(name: str) -> Iterator[None]:
     name: ``"ref"``, ``"avx2"`` or ``"avx512"``. Raises SaltireError if it is unknown or if the
     processor does not have it. Process-wide, not per thread.
     """
+    previous = _forced[-1]
     try:
         _C.force_isa(name)
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
+    _forced.append(name)
     try:
         yield
     finally:
-        _C.force_isa("")
+        _forced.pop()
+        _C.force_isa(previous)

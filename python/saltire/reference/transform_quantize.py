@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,17 @@ def hadamard_matrix(size: int) -> Tensor:
             [torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)], dim=0
         )
     return matrix / size**0.5
+
+
+def hartley_matrix(size: int) -> Tensor:
+    """The orthonormal Hartley matrix, cas(2π jk / A) / √A: float64 [A, A], symmetric.
+
+    It mixes any number of blocks evenly (no entry above √(2/A)), where a Hadamard matrix exists
+    only for some sizes.
+    """
+    index = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi / size * (index[:, None] * index[None, :] % size)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)
 
 
 def transform(
@@ -58,8 +71,8 @@ def quantize(
     """Round each token symmetrically: ``code = clamp(round(y / scale), -Q, Q)``.
 
     ``Q = 2**(bits - 1) - 1`` and ``scale = clip * max|y| / Q``; ties go to the even code. A token
-    of zeros has scale 0 and codes 0. A token that holds a NaN or an infinity has scale NaN and
-    codes 0, so that whatever is computed from it is NaN: it is marked, never silently wrong.
+    of zeros (or below 1e-38) has scale 0 and codes 0. A token that holds a NaN or an infinity has
+    scale NaN and codes 0, so that whatever is computed from it is NaN: marked, not silently wrong.
 
     y: float [M, K]. Returns codes int8 [M, K]; scale float32 [M]; sums int32 [M, K / sum_group],
     the sum of codes in each group of ``sum_group`` inputs (0: one group of K).
@@ -69,7 +82,9 @@ def quantize(
     scale = y.abs().amax(dim=-1) * (clip / Q)
     bad = ~torch.isfinite(y).all(dim=-1)
     scale = torch.where(bad, torch.full_like(scale, float("nan")), scale)
-    usable = (scale > 0) & ~bad
+    # Below the smallest normal number 1 / scale would overflow: such a token counts as zeros.
+    usable = (scale >= torch.finfo(torch.float32).tiny) & ~bad
+    scale = torch.where(usable | bad, scale, torch.zeros_like(scale))
     inverse = torch.where(usable, 1.0 / scale, torch.zeros_like(scale))
     codes = torch.where(bad[..., None], torch.zeros_like(y), y) * inverse[..., None]
     codes = codes.round().clamp(-Q, Q).to(torch.int8)
