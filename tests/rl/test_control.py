@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.rl.actuators import ACTUATORS, Knobs, actuator
 from saltire.rl.authority import ClipWatch, fit_line, probe

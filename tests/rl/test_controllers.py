@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.rl.controllers import PID, OpenLoop, SignRule
 

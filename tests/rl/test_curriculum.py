@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.rl.curriculum import Curriculum, CurriculumConfig
 

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.rl.passk import mean_pass_at_k, pass_at_k
 
