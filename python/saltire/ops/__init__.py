@@ -1,6 +1,13 @@
 """Low-level kernels: one file per room of csrc, each with its public function and fake kernel."""
 
 from saltire.ops.isa import best_isa, current_isa, force_isa, isa_reason
+from saltire.ops.lowbit_gemm import (
+    lowbit_gemm,
+    pack_weight,
+    prepack_weight,
+    unpack_weight,
+    unprepack_weight,
+)
 from saltire.ops.transform_quantize import transform, transform_quantize
 
 __all__ = [
@@ -8,6 +15,11 @@ __all__ = [
     "current_isa",
     "force_isa",
     "isa_reason",
+    "lowbit_gemm",
+    "pack_weight",
+    "prepack_weight",
     "transform",
     "transform_quantize",
+    "unpack_weight",
+    "unprepack_weight",
 ]

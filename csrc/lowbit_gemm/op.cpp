@@ -1,0 +1,381 @@
+// Schemas, checks, preparation of the activations, the choice of kernel and threads.
+#include "lowbit_gemm/op.h"
+
+#include <tuple>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/tensor.h"
+#include "core/threads.h"
+#include "lowbit_gemm/layout.h"
+#include "lowbit_gemm/plan.h"
+
+namespace saltire::lowbit_gemm {
+namespace {
+
+constexpr int64_t kRowsPerThread = 16;  // grain of loops that run at load and save only
+
+void check_bits(const char* op, int64_t bits) {
+  SALTIRE_CHECK(bits >= 2 && bits <= 4, op, ": bits = ", bits,
+                "; weights have 2, 3 or 4 bits. Choose one of them.");
+}
+
+void check_group(const char* op, int64_t k, int64_t group) {
+  SALTIRE_CHECK(k >= kKMultiple && k % kKMultiple == 0, op, ": K = ", k, " is not a multiple of ",
+                kKMultiple, ". Pad the inputs to K = ", (k / kKMultiple + 1) * kKMultiple,
+                " with codes of the zero point.");
+  SALTIRE_CHECK(k <= kMaxK, op, ": K = ", k, "; sums of products are exact only up to K = ", kMaxK,
+                ". Split the inputs.");
+  SALTIRE_CHECK(group == 0 || (group > 0 && group % kKMultiple == 0 && k % group == 0), op,
+                ": group = ", group, " with K = ", k,
+                "; expected 0 (per channel) or a multiple of ", kKMultiple, " that divides K.");
+}
+
+Float table_type(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return Float::f32;
+  SALTIRE_CHECK(t.scalar_type() == ScalarType::Half, op, ": ", name, " is ", describe(t),
+                "; expected float32 or float16. Convert it with .to(torch.float16).");
+  return Float::f16;
+}
+
+ScalarType scalar_type(Float type) {
+  return type == Float::f32   ? ScalarType::Float
+         : type == Float::f16 ? ScalarType::Half
+                              : ScalarType::BFloat16;
+}
+
+Tensor pack_weight(const Tensor& codes, int64_t bits) {
+  const char* op = "pack_weight";
+  check_bits(op, bits);
+  check_cpu(op, "codes", codes);
+  check_dtype(op, "codes", codes, ScalarType::Byte);
+  check_dim(op, "codes", codes, 2);
+  const int64_t n = codes.size(0);
+  const int64_t k = codes.size(1);
+  const int64_t per_byte = 8 / container_bits(static_cast<int>(bits));
+  SALTIRE_CHECK(k % per_byte == 0, op, ": codes is ", describe(codes), "; K must be a multiple of ",
+                per_byte, ", the codes of a byte. Pad it.");
+  const Tensor in = as_contiguous(codes);
+  Tensor out = new_tensor(codes, {n, k / per_byte}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(in.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  std::vector<uint8_t> any(static_cast<size_t>(n));
+  parallel_for(n, kRowsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      any[static_cast<size_t>(row)] = pack_rows(from, to, k, static_cast<int>(bits), row, row + 1);
+    }
+  });
+  for (int64_t row = 0; row < n; ++row) {
+    SALTIRE_CHECK(any[static_cast<size_t>(row)] >> bits == 0, op, ": row ", row,
+                  " holds a code of ", 1 << bits, " or more; ", bits, "-bit codes are 0..",
+                  (1 << bits) - 1, ". Clamp the codes.");
+  }
+  return out;
+}
+
+Tensor unpack_weight(const Tensor& packed, int64_t bits) {
+  const char* op = "unpack_weight";
+  check_bits(op, bits);
+  check_cpu(op, "packed", packed);
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  check_dim(op, "packed", packed, 2);
+  const int64_t n = packed.size(0);
+  const int64_t k = packed.size(1) * (8 / container_bits(static_cast<int>(bits)));
+  const Tensor in = as_contiguous(packed);
+  Tensor out = new_tensor(packed, {n, k}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(in.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  parallel_for(n, kRowsPerThread, [&](int64_t begin, int64_t end) {
+    unpack_rows(from, to, k, static_cast<int>(bits), begin, end);
+  });
+  return out;
+}
+
+Tensor lowbit_prepack(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
+                      int64_t bits, int64_t group) {
+  const char* op = "lowbit_prepack";
+  check_bits(op, bits);
+  check_cpu(op, "packed", packed);
+  check_cpu(op, "scale", scale);
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  check_dim(op, "packed", packed, 2);
+  check_dim(op, "scale", scale, 2);
+  WeightLayout layout;
+  layout.bits = static_cast<int>(bits);
+  layout.n = packed.size(0);
+  layout.k = packed.size(1) * (8 / container_bits(layout.bits));
+  SALTIRE_CHECK(layout.n >= 1, op, ": packed is ", describe(packed), "; N must be at least 1.");
+  check_group(op, layout.k, group);
+  layout.group = group == 0 ? layout.k : group;
+  layout.table = table_type(op, "scale", scale);
+  layout.has_zero = zero.has_value();
+  check_size(op, "scale", scale, 0, layout.n, "N");
+  check_size(op, "scale", scale, 1, layout.groups(), "K / group");
+  if (zero.has_value()) {
+    check_cpu(op, "zero", *zero);
+    check_dtype(op, "zero", *zero, scale.scalar_type());
+    check_dim(op, "zero", *zero, 2);
+    check_size(op, "zero", *zero, 0, layout.n, "N");
+    check_size(op, "zero", *zero, 1, layout.groups(), "K / group");
+  }
+  const Tensor codes = as_contiguous(packed);
+  const Tensor scales = as_contiguous(scale);
+  const Tensor zeros = zero.has_value() ? as_contiguous(*zero) : scales;
+  Tensor out = new_tensor(packed, {layout.bytes()}, ScalarType::Byte);
+  auto* buffer = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const auto* from = static_cast<const uint8_t*>(codes.const_data_ptr());
+  const void* scale_data = scales.const_data_ptr();
+  const void* zero_data = zeros.const_data_ptr();
+  write_header(layout, buffer);
+  parallel_for(layout.blocks(), 1, [&](int64_t begin, int64_t end) {
+    prepack_blocks(layout, from, scale_data, zero_data, buffer, begin, end);
+  });
+  return out;
+}
+
+// Reads the header of w and checks it against what the caller believes.
+WeightLayout open_weight(const char* op, const Tensor& w, int64_t n, int64_t k, int64_t bits,
+                         int64_t group) {
+  check_cpu(op, "w", w);
+  check_dtype(op, "w", w, ScalarType::Byte);
+  check_dim(op, "w", w, 1);
+  const WeightLayout layout =
+      read_header(op, static_cast<const uint8_t*>(w.const_data_ptr()), w.numel());
+  const bool same = layout.n == n && layout.k == k && layout.bits == bits &&
+                    layout.group == (group == 0 ? k : group);
+  SALTIRE_CHECK(same, op, ": w was prepacked with N = ", layout.n, ", K = ", layout.k,
+                ", bits = ", layout.bits, ", group = ", layout.group,
+                " (per channel: K), but N = ", n, ", K = ", k, ", bits = ", bits,
+                ", group = ", group, " were given. Pass what was prepacked.");
+  return layout;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lowbit_unprepack(const Tensor& w, int64_t n, int64_t k,
+                                                    int64_t bits, int64_t group, bool has_zero,
+                                                    ScalarType scale_dtype) {
+  const char* op = "lowbit_unprepack";
+  const Tensor in = as_contiguous(w);
+  const WeightLayout layout = open_weight(op, in, n, k, bits, group);
+  SALTIRE_CHECK(layout.has_zero == has_zero, op, ": w was prepacked ",
+                layout.has_zero ? "with" : "without",
+                " zero points, but has_zero = ", has_zero ? "True" : "False",
+                " was given. Pass what was prepacked.");
+  SALTIRE_CHECK(scalar_type(layout.table) == scale_dtype, op, ": w was prepacked with scales of ",
+                dtype_name(scalar_type(layout.table)),
+                ", but scale_dtype = ", dtype_name(scale_dtype),
+                " was given. Pass what was prepacked.");
+  Tensor packed = new_tensor(w, {n, k * container_bits(layout.bits) / 8}, ScalarType::Byte);
+  Tensor scale = new_tensor(w, {n, layout.groups()}, scale_dtype);
+  Tensor zero =
+      has_zero ? new_tensor(w, {n, layout.groups()}, scale_dtype) : new_tensor(w, {0}, scale_dtype);
+  const auto* from = static_cast<const uint8_t*>(in.const_data_ptr());
+  auto* packed_data = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  void* scale_data = scale.mutable_data_ptr();
+  void* zero_data = zero.mutable_data_ptr();
+  parallel_for(layout.blocks(), 1, [&](int64_t begin, int64_t end) {
+    unprepack_blocks(layout, from, packed_data, scale_data, zero_data, begin, end);
+  });
+  return {packed, scale, zero};
+}
+
+// --- the product -------------------------------------------------------------------------------
+
+struct KernelChoice {
+  Kernel kernel;
+  int64_t rows;  // of a tile, at most
+};
+
+KernelChoice choose_kernel() {
+  switch (current_isa()) {
+#if defined(SALTIRE_X86)
+    case Isa::avx512:
+      return {gemm_avx512, kAvx512Rows};
+    case Isa::avx2:
+      return {gemm_avx2, kAvx2Rows};
+#endif
+    default:
+      return {gemm_ref, kRefRows};
+  }
+}
+
+// True if a code lies outside -Q..Q. A comparison of bytes, which compilers vectorise.
+bool exceeds(const int8_t* codes, int64_t count, int q) {
+  unsigned char bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (codes[i] > q) | (codes[i] < -q);
+  return bad != 0;
+}
+
+// Rows of a tile -> [K / 4][rows][4]: see Gemm.
+void pack_tile(const int8_t* codes, int8_t* out, int64_t rows, int64_t k) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int8_t* row = codes + r * k;
+    for (int64_t quad = 0; quad < k / 4; ++quad) {
+      std::memcpy(out + (quad * rows + r) * 4, row + quad * 4, 4);
+    }
+  }
+}
+
+void shift_tile(const WeightLayout& layout, const int32_t* sums, float* out, int64_t rows) {
+  const float zero = layout.has_zero ? 1.0f : symmetric_zero(layout.bits);
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    for (int64_t r = 0; r < rows; ++r) {
+      out[g * rows + r] = zero * static_cast<float>(sums[r * layout.groups() + g]);
+    }
+  }
+}
+
+const float* optional_f32(const char* op, const char* name, const std::optional<Tensor>& t) {
+  if (!t.has_value()) return nullptr;
+  check_cpu(op, name, *t);
+  check_dtype(op, name, *t, ScalarType::Float);
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+std::optional<Tensor> contiguous_if_given(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
+}
+
+void check_low_rank(const char* op, const std::optional<Tensor>& x, const std::optional<Tensor>& w,
+                    int64_t m, int64_t n) {
+  SALTIRE_CHECK(x.has_value() == w.has_value(), op,
+                ": low_rank_x and low_rank_w must be given together or not at all.");
+  if (!x.has_value()) return;
+  check_dim(op, "low_rank_x", *x, 2);
+  check_dim(op, "low_rank_w", *w, 2);
+  check_size(op, "low_rank_x", *x, 0, m, "M");
+  check_size(op, "low_rank_w", *w, 0, x->size(1), "R, as in low_rank_x");
+  check_size(op, "low_rank_w", *w, 1, n, "N");
+}
+
+// Packs the activations for the kernel and runs it on all threads.
+void run(Gemm& gemm, const KernelChoice& choice, const int8_t* codes, const int32_t* sums) {
+  const char* op = "lowbit_gemm";
+  const WeightLayout& layout = gemm.layout;
+  const int64_t m = gemm.tiles.rows;
+  const bool check_range = gemm.act_bits < 8;
+  const int q = max_activation_code(gemm.act_bits);
+  std::vector<float> shift(static_cast<size_t>(m * layout.groups()));
+  // One row is already tile-major.
+  std::vector<int8_t> x(static_cast<size_t>(m == 1 ? 0 : m * layout.k));
+  std::vector<unsigned char> bad(static_cast<size_t>(gemm.tiles.tiles));
+  // 64 KB of codes a thread: a few µs, as in make_plan.
+  const int64_t grain = std::max<int64_t>(1, 65536 / (choice.rows * layout.k));
+  parallel_for(gemm.tiles.tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row0 = gemm.tiles.begin(tile);
+      const int64_t rows = gemm.tiles.begin(tile + 1) - row0;
+      const int8_t* from = codes + row0 * layout.k;
+      if (check_range) bad[static_cast<size_t>(tile)] = exceeds(from, rows * layout.k, q);
+      if (m > 1) pack_tile(from, x.data() + row0 * layout.k, rows, layout.k);
+      shift_tile(layout, sums + row0 * layout.groups(), shift.data() + row0 * layout.groups(),
+                 rows);
+    }
+  });
+  for (const unsigned char tile : bad) {
+    SALTIRE_CHECK(tile == 0, op, ": codes holds a value outside -", q, "..", q,
+                  ", the range of act_bits = ", gemm.act_bits,
+                  ". Pass the bits that the codes were quantised to.");
+  }
+  gemm.x = m == 1 ? codes : x.data();
+  gemm.shift = shift.data();
+  const int64_t blocks = layout.blocks();
+  const int64_t tiles = gemm.tiles.tiles;
+  const Plan plan = make_plan(blocks, tiles, m * layout.n * layout.k, thread_count());
+  // A share is an index, so that the split is the plan's and not parallel_for's.
+  parallel_for(plan.parts(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t a = part % plan.across;
+      const int64_t d = part / plan.across;
+      choice.kernel(gemm, range_begin(blocks, plan.across, a),
+                    range_begin(blocks, plan.across, a + 1), range_begin(tiles, plan.down, d),
+                    range_begin(tiles, plan.down, d + 1));
+    }
+  });
+}
+
+Tensor lowbit_gemm(const Tensor& codes, const Tensor& x_scale, const Tensor& x_sum, const Tensor& w,
+                   int64_t n, int64_t bits, int64_t group, int64_t act_bits, ScalarType out_dtype,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& low_rank_x,
+                   const std::optional<Tensor>& low_rank_w) {
+  const char* op = "lowbit_gemm";
+  check_bits(op, bits);
+  SALTIRE_CHECK(act_bits >= 3 && act_bits <= 8, op, ": act_bits = ", act_bits,
+                "; activations have 3 to 8 bits. Choose one of them.");
+  check_cpu(op, "codes", codes);
+  check_cpu(op, "x_scale", x_scale);
+  check_cpu(op, "x_sum", x_sum);
+  check_dtype(op, "codes", codes, ScalarType::Char);
+  check_dim(op, "codes", codes, 2);
+  const int64_t m = codes.size(0);
+  const int64_t k = codes.size(1);
+  check_group(op, k, group);
+  const Tensor weight = as_contiguous(w);
+  Gemm gemm;
+  gemm.layout = open_weight(op, weight, n, k, bits, group);
+  check_dtype(op, "x_scale", x_scale, ScalarType::Float);
+  check_dim(op, "x_scale", x_scale, 1);
+  check_size(op, "x_scale", x_scale, 0, m, "M");
+  check_dtype(op, "x_sum", x_sum, ScalarType::Int);
+  check_dim(op, "x_sum", x_sum, 2);
+  check_size(op, "x_sum", x_sum, 0, m, "M");
+  check_size(op, "x_sum", x_sum, 1, gemm.layout.groups(), "K / group");
+  check_low_rank(op, low_rank_x, low_rank_w, m, n);
+  const std::optional<Tensor> bias_c = contiguous_if_given(bias);
+  const std::optional<Tensor> low_rank_x_c = contiguous_if_given(low_rank_x);
+  const std::optional<Tensor> low_rank_w_c = contiguous_if_given(low_rank_w);
+  if (bias.has_value()) {
+    check_dim(op, "bias", *bias, 1);
+    check_size(op, "bias", *bias, 0, n, "N");
+  }
+  gemm.bias = optional_f32(op, "bias", bias_c);
+  gemm.low_rank_x = optional_f32(op, "low_rank_x", low_rank_x_c);
+  gemm.low_rank_w = optional_f32(op, "low_rank_w", low_rank_w_c);
+  gemm.rank = low_rank_x.has_value() ? low_rank_x->size(1) : 0;
+  SALTIRE_CHECK(out_dtype == ScalarType::Float || out_dtype == ScalarType::Half ||
+                    out_dtype == ScalarType::BFloat16,
+                op, ": out_dtype = ", dtype_name(out_dtype),
+                "; expected float32, bfloat16 or float16. Choose one of them.");
+  gemm.out_type = out_dtype == ScalarType::Float  ? Float::f32
+                  : out_dtype == ScalarType::Half ? Float::f16
+                                                  : Float::bf16;
+  Tensor out = new_tensor(codes, {m, n}, out_dtype);
+  if (m == 0) return out;
+
+  const Tensor codes_c = as_contiguous(codes);
+  const Tensor x_scale_c = as_contiguous(x_scale);
+  const Tensor x_sum_c = as_contiguous(x_sum);
+  const KernelChoice choice = choose_kernel();
+  gemm.w = static_cast<const uint8_t*>(weight.const_data_ptr()) + sizeof(Header);
+  gemm.act_bits = static_cast<int>(act_bits);
+  gemm.tiles = RowTiles::make(m, choice.rows);
+  gemm.x_scale = static_cast<const float*>(x_scale_c.const_data_ptr());
+  gemm.out = out.mutable_data_ptr();
+  run(gemm, choice, static_cast<const int8_t*>(codes_c.const_data_ptr()),
+      static_cast<const int32_t*>(x_sum_c.const_data_ptr()));
+  return out;
+}
+
+}  // namespace
+}  // namespace saltire::lowbit_gemm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(saltire, m) {
+  m.def("pack_weight(Tensor codes, int bits) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int bits) -> Tensor");
+  m.def("lowbit_prepack(Tensor packed, Tensor scale, Tensor? zero, int bits, int group) -> Tensor");
+  m.def(
+      "lowbit_unprepack(Tensor w, int n, int k, int bits, int group, bool has_zero, ScalarType "
+      "scale_dtype) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lowbit_gemm(Tensor codes, Tensor x_scale, Tensor x_sum, Tensor w, int n, int bits, int "
+      "group, *, int act_bits=8, ScalarType out_dtype, Tensor? bias=None, Tensor? low_rank_x=None, "
+      "Tensor? low_rank_w=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(saltire, CPU, m) {
+  using namespace saltire::lowbit_gemm;
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  m.impl("lowbit_prepack", TORCH_BOX(&lowbit_prepack));
+  m.impl("lowbit_unprepack", TORCH_BOX(&lowbit_unprepack));
+  m.impl("lowbit_gemm", TORCH_BOX(&lowbit_gemm));
+}
