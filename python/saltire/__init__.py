@@ -4,4 +4,8 @@ Importing it registers the quantisation method ``saltire`` with transformers, so
 ``AutoModelForCausalLM.from_pretrained`` loads Saltire's checkpoints.
 """
 
+from saltire._registration import register as _register
+
 __version__ = "0.1.0"
+
+_register()

@@ -28,7 +28,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise SaltireError(_cannot_write(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

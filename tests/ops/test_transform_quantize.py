@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saltire import ops
+from saltire.errors import SaltireError
 from saltire.ops import force_isa
 from saltire.reference import transform_quantize as reference
 from saltire.reference.transform_quantize import hartley_matrix
@@ -216,5 +217,5 @@ def test_opcheck(grad) -> None:
 )
 def test_bad_input_is_refused_with_what_was_expected(x, options, message) -> None:
     bits = options.pop("bits", 4) if "bits" in options else 4
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(SaltireError, match=message):
         ops.transform_quantize(x, bits, **options)

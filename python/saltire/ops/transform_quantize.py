@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saltire.errors import SaltireError
 from saltire.ops import library  # noqa: F401  (loads torch.ops.saltire)
 
 
@@ -35,18 +36,21 @@ def transform_quantize(
 
     Returns codes int8 [..., K]; scale float32 [...]; sums of codes int32 [..., K / sum_group].
     Ties go to the even code. A token of zeros has scale 0 and codes 0. A token with a NaN or an
-    infinity has scale NaN and codes 0. Raises RuntimeError naming the argument that does not fit.
+    infinity has scale NaN and codes 0. Raises SaltireError naming the argument that does not fit.
     """
-    codes, scale, sums = torch.ops.saltire.transform_quantize(
-        x.flatten(0, -2) if x.dim() != 2 else x,
-        bits,
-        diag=diag,
-        hadamard=hadamard,
-        left=left,
-        right=right,
-        clip=clip,
-        sum_group=sum_group,
-    )
+    try:
+        codes, scale, sums = torch.ops.saltire.transform_quantize(
+            x.flatten(0, -2) if x.dim() != 2 else x,
+            bits,
+            diag=diag,
+            hadamard=hadamard,
+            left=left,
+            right=right,
+            clip=clip,
+            sum_group=sum_group,
+        )
+    except RuntimeError as error:
+        raise SaltireError(str(error)) from None
     if x.dim() == 2:
         return codes, scale, sums
     shape = x.shape[:-1]
@@ -65,13 +69,11 @@ def transform(
 
     Differentiable in x and diag.
     """
-    y = torch.ops.saltire.transform(
-        x.flatten(0, -2) if x.dim() != 2 else x,
-        diag,
-        hadamard,
-        left,
-        right,
-    )
+    tokens = x.flatten(0, -2) if x.dim() != 2 else x
+    try:
+        y = torch.ops.saltire.transform(tokens, diag, hadamard, left, right)
+    except RuntimeError as error:
+        raise SaltireError(str(error)) from None
     return y.view(x.shape)
 
 

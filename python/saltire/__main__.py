@@ -1,0 +1,5 @@
+"""``python -m saltire`` is the ``saltire`` command."""
+
+from saltire.cli import main
+
+main()

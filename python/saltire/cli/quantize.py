@@ -1,0 +1,57 @@
+"""``saltire quantize MODEL OUT``: make a low-bit checkpoint."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import typer
+
+from saltire.cli import _console
+
+
+def register(app: typer.Typer) -> None:
+    app.command("quantize")(quantize)
+
+
+def quantize(
+    model: str = typer.Argument(..., help="default, a directory, a .gguf file or a hub name"),
+    out: Path = typer.Argument(..., help="directory of the new checkpoint"),
+    recipe: str = typer.Option("w4a4", help="what to make; an unknown name lists the known ones"),
+    calibration: str = typer.Option("self", help="self, a .txt or .jsonl file, or a data set"),
+    samples: int = typer.Option(16, help="calibration samples"),
+    length: int = typer.Option(512, help="tokens in one sample"),
+    seed: int = typer.Option(0, help="seed of the calibration text"),
+    json: bool = _console.JSON_OPTION,
+) -> None:
+    """Quantise MODEL and write packed integers to OUT (whole or not at all)."""
+    from saltire.models.loading import load_model
+    from saltire.models.saving import check_destination, save_checkpoint
+    from saltire.quant import parse_recipe
+    from saltire.quant import quantize as quantize_model
+
+    chosen = parse_recipe(recipe)
+    check_destination(out)
+    start = time.perf_counter()
+    loaded, tokenizer = load_model(model)
+    quantize_model(
+        loaded, tokenizer, chosen, calibration, samples=samples, length=length, seed=seed
+    )
+    size = save_checkpoint(loaded, tokenizer, out)
+    facts = {
+        "model": model,
+        "recipe": chosen.name,
+        "out": str(out),
+        "megabytes": round(size / 1e6, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        # Linux counts kilobytes of 1,024 bytes.
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+    }
+    if json:
+        _console.print_json(facts)
+        return
+    _console.out.print(
+        f"{facts['recipe']} checkpoint of {facts['megabytes']} MB in {out} "
+        f"after {facts['seconds']} s, at most {facts['peak_rss_mb']} MB of memory"
+    )

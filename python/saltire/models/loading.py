@@ -1,0 +1,122 @@
+"""Loading a model and its tokenizer from wherever they are; never code from a stranger."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saltire.errors import SaltireError
+from saltire.models.default import default_model_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "default"
+MAX_HEADER_BYTES = 100 * 2**20  # the limit that the safetensors format sets itself
+
+
+def load_model(
+    spec: str | Path = DEFAULT_MODEL, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    spec: ``"default"`` (SmolLM2-135M-Instruct), a directory as ``save_pretrained`` writes it (a
+    Saltire checkpoint or an ordinary one), a ``.gguf`` file, or a name on the Hugging Face hub.
+    dtype: of what is not quantised; default float32 on the CPU. Raises SaltireError for anything
+    that is missing, damaged or not supported.
+    """
+    source, options = _source(spec)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options["trust_remote_code"] = False
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or torch.float32, **options
+        )
+    except SaltireError:
+        raise
+    except Exception as error:
+        raise SaltireError(f"cannot load {spec}: {_one_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def weight_bytes(spec: str | Path) -> int:
+    """Bytes of the weight files of a local model."""
+    source, options = _source(spec)
+    folder = Path(source)
+    if "gguf_file" in options:
+        return (folder / options["gguf_file"]).stat().st_size
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _source(spec: str | Path) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for a spec, after checking what lies on disk."""
+    path = default_model_path() if str(spec) == DEFAULT_MODEL else Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SaltireError(f"there is no file {path}.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_directory(path)
+        return str(path), {}
+    if path.is_file():
+        raise SaltireError(f"{path} is a file; expected a model directory or a .gguf file.")
+    if path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1:
+        raise SaltireError(f"there is no model directory {path}.")
+    return str(spec), {}
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise SaltireError(f"{path} is not a model directory: it has no config.json.")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SaltireError(f"{path / 'config.json'} is damaged: {error}.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise SaltireError(f"{path / 'config.json'} names no model_type; it is no model's config.")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SaltireError(
+            f"{path} holds no weights: expected *.safetensors. Save the model there again."
+        )
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise SaltireError unless the file is as long as its header says, and the header is sane."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise SaltireError(f"{path} is truncated or not a safetensors file. Fetch it again.")
+        try:
+            header = json.loads(file.read(header_bytes))
+            ends = [
+                int(entry["data_offsets"][1])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise SaltireError(f"{path} has a damaged header. Fetch it again.") from None
+    expected = 8 + header_bytes + max(ends, default=0)
+    if size != expected:
+        raise SaltireError(
+            f"{path} is {size} bytes; its header promises {expected}. It was cut off or changed; "
+            "fetch or save it again."
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text[:300] + " ...") if len(text) > 300 else text or type(error).__name__

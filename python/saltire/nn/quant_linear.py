@@ -1,0 +1,202 @@
+"""A linear layer of low-bit weights on low-bit activations, run by Saltire's kernels."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saltire import ops
+from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
+from saltire.reference.lowbit_gemm import CONTAINER_BITS, dequantize_weight
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+class SharedInput:
+    """Remembers the last quantised input, so that layers fed by one tensor quantise it once.
+
+    q, k and v (and gate and up) read the same tensor and have the same transform. The key is the
+    tensor itself and its version, so a changed or another tensor never hits.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Quantized] | None = None
+
+    def get(self, x: Tensor, compute: Callable[[Tensor], Quantized]) -> Quantized:
+        """``compute(x)``, or what it gave when it was last called with this very tensor."""
+        version = 0 if x.is_inference() else x._version
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == version:
+            return last[2]
+        result = compute(x)
+        self._last = (weakref.ref(x), version, result)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        return memo.setdefault(id(self), SharedInput())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None}
+
+
+class QuantLinear(nn.Module):
+    """``y = Q(T(x)) · Q(W)ᵀ + (x·L)·R + b`` with T a diagonal and a rotation.
+
+    x: float [..., K] -> [..., N] in x's dtype. Weights are kept once: in the checkpoint layout
+    until the first CPU forward, then in the layout that the CPU kernels read; ``state_dict`` always
+    gives the checkpoint layout. Buffers: weight_packed uint8 [N, K·c/8]; weight_scale [N, K/G];
+    weight_zero the same, if the format has zero points; diag float32 [K]; left [A, A]; right
+    [B, B]; low_rank_in float32 [K, R]; low_rank_out float32 [R, N]; bias float32 [N].
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    diag: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    low_rank_in: Tensor | None
+    low_rank_out: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, format: LinearFormat, bias: bool = False
+    ) -> None:
+        super().__init__()
+        format.check_fits("QuantLinear", in_features)
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        K, N, R = in_features, out_features, format.rank
+        groups = K // (format.group or K)
+        scale_dtype = SCALE_DTYPES[format.scale_dtype]
+        f32 = torch.float32
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {
+            "weight_packed": ((N, K * CONTAINER_BITS[format.weight_bits] // 8), torch.uint8),
+            "weight_scale": ((N, groups), scale_dtype),
+            "weight_zero": ((N, groups), scale_dtype) if format.zero_points else None,
+            "diag": ((K,), f32) if format.diag else None,
+            "left": ((format.left, format.left), f32) if format.left else None,
+            "right": ((format.right, format.right), f32) if format.right else None,
+            "low_rank_in": ((K, R), f32) if R else None,
+            "low_rank_out": ((R, N), f32) if R else None,
+            "bias": ((N,), f32) if bias else None,
+        }
+        for name, shape in shapes.items():
+            buffer = None if shape is None else torch.zeros(shape[0], dtype=shape[1])
+            self.register_buffer(name, buffer)
+        self.shared_input: SharedInput | None = None
+        self._prepacked: Tensor | None = None  # the CPU layout; weight_packed and scales are empty
+
+    def quantize_input(self, x: Tensor) -> Quantized:
+        """Codes [M, K], scales [M] and sums for the GEMM, M all tokens of x [..., K]."""
+        format = self.format
+        return ops.transform_quantize(
+            x.reshape(-1, self.in_features),
+            format.act_bits,
+            diag=self.diag,
+            hadamard=format.hadamard,
+            left=self.left,
+            right=self.right,
+            clip=format.clip,
+            sum_group=format.group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        format = self.format
+        if self.shared_input is None:
+            codes, scale, sums = self.quantize_input(x)
+        else:
+            codes, scale, sums = self.shared_input.get(x, self.quantize_input)
+        low_rank_x = None
+        if self.low_rank_in is not None:
+            low_rank_x = x.reshape(-1, self.in_features).float() @ self.low_rank_in
+        y = ops.lowbit_gemm(
+            codes,
+            scale,
+            sums,
+            self.prepare(),
+            self.out_features,
+            format.weight_bits,
+            format.group,
+            act_bits=format.act_bits,
+            out_dtype=x.dtype,
+            bias=self.bias,
+            low_rank_x=low_rank_x,
+            low_rank_w=self.low_rank_out,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def prepare(self) -> Tensor:
+        """Lay the weights out for this device's kernels, once; returns that layout."""
+        if self._prepacked is None:
+            self._prepacked = ops.prepack_weight(
+                self.weight_packed,
+                self.weight_scale,
+                self.weight_zero,
+                self.format.weight_bits,
+                self.format.group,
+            )
+            for name in ("weight_packed", "weight_scale", "weight_zero"):
+                buffer = getattr(self, name)
+                if buffer is not None:
+                    setattr(self, name, buffer.new_empty(0))
+        return self._prepacked
+
+    def checkpoint_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The packed codes, scales and zero points in the checkpoint layout."""
+        if self._prepacked is None:
+            return self.weight_packed, self.weight_scale, self.weight_zero
+        packed, scale, zero = ops.unprepack_weight(
+            self._prepacked,
+            self.out_features,
+            self.in_features,
+            self.format.weight_bits,
+            self.format.group,
+            has_zero=self.format.zero_points,
+            scale_dtype=SCALE_DTYPES[self.format.scale_dtype],
+        )
+        return packed, scale, zero
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight that the codes stand for, in the transformed basis: float64 [N, K]."""
+        packed, scale, zero = self.checkpoint_weight()
+        return dequantize_weight(packed, scale, zero, self.format.weight_bits, self.format.group)
+
+    def _release(self) -> None:
+        """Go back to the checkpoint layout."""
+        if self._prepacked is not None:
+            weight = self.checkpoint_weight()
+            self._prepacked = None
+            self.weight_packed, self.weight_scale, self.weight_zero = weight
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = zip(
+            ("weight_packed", "weight_scale", "weight_zero"), self.checkpoint_weight(), strict=True
+        )
+        destination.update({prefix + name: tensor for name, tensor in weight if tensor is not None})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move, but never change a dtype: scales and diagonals keep the one they were made in."""
+        if self._prepacked is not None and fn(self._prepacked.new_empty(0)).device.type != "cpu":
+            self._release()
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        f = self.format
+        group = f", group={f.group}" if f.group else ""
+        return f"{self.in_features}, {self.out_features}, W{f.weight_bits}A{f.act_bits}{group}"

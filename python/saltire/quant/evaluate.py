@@ -1,0 +1,94 @@
+"""Measuring a model: perplexity, and tokens per second through transformers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saltire.errors import SaltireError
+from saltire.progress import track
+
+LOGIT_CHUNK = 256  # tokens whose logits are turned into float32 log-probabilities at once
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value = exp(nll); nll in nats a token, the mean over ``tokens`` predicted tokens."""
+
+    value: float
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, medians; the spread is the interquartile range over the median."""
+
+    prefill: float
+    decode: float
+    decode_spread: float
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: Tensor, label: str = "measuring perplexity") -> Perplexity:
+    """Perplexity over windows, each predicted from its own start.
+
+    tokens: int64 [windows, T], T >= 2. The first token of a window is not predicted. Raises
+    SaltireError if a loss is not finite, naming the window.
+    """
+    if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise SaltireError(f"tokens are {list(tokens.shape)}; expected [windows, T], T at least 2.")
+    total = 0.0
+    for index, window in enumerate(track(tokens, label)):
+        window = window.to(model.device)
+        logits = model(window[None], use_cache=False).logits[0, :-1]
+        loss = sum(
+            float(torch.nn.functional.cross_entropy(part.float(), label_part, reduction="sum"))
+            for part, label_part in zip(
+                logits.split(LOGIT_CHUNK), window[1:].split(LOGIT_CHUNK), strict=True
+            )
+        )
+        if not math.isfinite(loss):
+            raise SaltireError(f"the loss of window {index} is {loss}; the model is damaged.")
+        total += loss
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    nll = total / count
+    return Perplexity(math.exp(nll), nll, count)
+
+
+@torch.no_grad()
+def measure_speed(
+    model: Any, prompt: Tensor, new_tokens: int = 32, repeats: int = 3, label: str = "timing"
+) -> Speed:
+    """Prefill of a prompt and greedy decoding after it, through transformers' forward and cache.
+
+    prompt: int64 [T]. Prefill counts T tokens over one forward that gives the last logits; decode
+    counts tokens one by one. One warm-up run, then medians.
+    """
+    prompt = prompt[None].to(model.device)
+    prefills: list[float] = []
+    steps: list[float] = []
+    for repeat in track(range(repeats + 1), label):
+        start = time.perf_counter()
+        out = model(prompt, use_cache=True, logits_to_keep=1)
+        seconds = [time.perf_counter() - start]
+        for _ in range(new_tokens if repeat else 2):
+            step = out.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            out = model(step, past_key_values=out.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - start)
+        if repeat:
+            prefills.append(seconds[0])
+            steps.extend(seconds[1:])
+    low, middle, high = statistics.quantiles(steps, n=4)
+    return Speed(
+        prefill=prompt.shape[1] / statistics.median(prefills),
+        decode=1.0 / middle,
+        decode_spread=(high - low) / middle,
+    )

@@ -1,0 +1,81 @@
+"""Recipes: what quantisation does to every layer, as a frozen value with a name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from saltire.errors import SaltireError
+from saltire.nn.linear_format import LinearFormat
+
+Rotation = Literal["none", "block", "full"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised.
+
+    weight_bits, act_bits, group, zero_points: see LinearFormat. diagonal: scale input channels by
+    BDQ's closed form before rounding. rotation: ``none``; ``block``, a Hadamard of ``block``
+    channels; ``full``, one rotation over all channels. compensate: let the weights make up for the
+    rounding of activations, not only of weights. rest_dtype: dtype in which the tensors that are
+    not quantised (embedding, norms) are stored.
+    """
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    group: int = 0
+    zero_points: bool = False
+    diagonal: bool = True
+    rotation: Rotation = "full"
+    block: int = 64
+    compensate: bool = True
+    rest_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.rotation not in ("none", "block", "full"):
+            raise SaltireError(f"rotation = {self.rotation!r}; expected none, block or full.")
+        self.format()  # refuses bits and groups that no kernel has
+
+    def format(self, hadamard: int = 1, left: int = 0, clip: float = 1.0) -> LinearFormat:
+        """The format of one layer under this recipe, with the rotation chosen for it."""
+        return LinearFormat(
+            weight_bits=self.weight_bits,
+            act_bits=self.act_bits,
+            group=self.group,
+            zero_points=self.zero_points,
+            scale_dtype="float16" if self.group else "float32",
+            diag=self.diagonal,
+            hadamard=hadamard,
+            left=left,
+            clip=clip,
+        )
+
+
+_BASE = Recipe("w4a4", 4, 4)
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _BASE,
+        replace(_BASE, name="w4a4-g128", group=128),
+        replace(_BASE, name="w4a8", act_bits=8),
+        replace(_BASE, name="w3a4", weight_bits=3),
+        replace(_BASE, name="w2a4", weight_bits=2),
+        replace(_BASE, name="w2a4-g64", weight_bits=2, group=64),
+        replace(_BASE, name="w2a8", weight_bits=2, act_bits=8),
+        replace(_BASE, name="w2a8-g64", weight_bits=2, act_bits=8, group=64),
+    )
+}
+
+
+def parse_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by name; SaltireError names the nearest ones."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        near = difflib.get_close_matches(recipe, RECIPES, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(RECIPES)}."
+        raise SaltireError(f"unknown recipe {recipe!r}. {hint}")
+    return RECIPES[recipe]

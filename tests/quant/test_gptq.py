@@ -1,0 +1,99 @@
+"""GPTQ and the grids: rounding that loses less than rounding to nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saltire.errors import SaltireError
+from saltire.quant.gptq import Grid, choose_grid, compensated_weight, damped, gptq
+
+
+def correlated_inputs(T: int, K: int) -> torch.Tensor:
+    return torch.randn(T, K) @ (torch.randn(K, K) / K**0.5 + torch.eye(K))
+
+
+def decode(codes: torch.Tensor, grid: Grid, group: int) -> torch.Tensor:
+    N, K = codes.shape
+    blocks = codes.double().reshape(N, -1, group or K)
+    return ((blocks - grid.zero.double()[..., None]) * grid.scale.double()[..., None]).reshape(N, K)
+
+
+def output_error(x: torch.Tensor, w: torch.Tensor, rounded: torch.Tensor) -> float:
+    return float((x.double() @ (w.double() - rounded).T).square().sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("group", "zero_points"), [(0, False), (32, False), (32, True)])
+def test_gptq_loses_less_output_than_rounding_to_nearest(bits, group, zero_points) -> None:
+    x, w = correlated_inputs(512, 96), torch.randn(24, 96)
+    H = x.T @ x
+    grid = choose_grid(w, H.diagonal(), bits, group, zero_points, torch.float32)
+    codes = gptq(w, H, grid, group)
+    assert codes.max() < 2**bits
+    G = group or 96
+    nearest = torch.stack([grid.codes(w[:, k], k // G) for k in range(96)], dim=1)
+    error = output_error(x, w, decode(codes, grid, group))
+    assert error < 0.8 * output_error(x, w, decode(nearest, grid, group))
+
+
+def test_with_uncorrelated_inputs_gptq_is_rounding_to_nearest() -> None:
+    w = torch.randn(8, 64)
+    grid = choose_grid(w, torch.ones(64), 4, 0, False, torch.float32)
+    nearest = torch.stack([grid.codes(w[:, k], 0) for k in range(64)], dim=1)
+    assert torch.equal(gptq(w, torch.eye(64), grid, 0), nearest.to(torch.uint8))
+
+
+def test_scales_are_stored_exactly_in_their_dtype() -> None:
+    grid = choose_grid(torch.randn(4, 64), torch.ones(64), 4, 32, False, torch.float16)
+    assert torch.equal(grid.scale.half().float(), grid.scale)
+
+
+def test_a_searched_grid_is_no_worse_than_the_full_range() -> None:
+    w = torch.randn(16, 128)
+    w[:, 0] *= 20
+    searched = choose_grid(w, torch.ones(128), 4, 0, False, torch.float32)
+    full = choose_grid(w, torch.ones(128), 4, 0, False, torch.float32, candidates=2)
+
+    def loss(grid: Grid) -> float:
+        codes = torch.stack([grid.codes(w[:, k], 0) for k in range(128)], dim=1)
+        return float((decode(codes, grid, 0) - w.double()).square().sum())
+
+    assert loss(searched) < loss(full)
+
+
+def test_a_row_of_zeros_stays_zero_or_within_half_a_level() -> None:
+    w = torch.randn(3, 64)
+    w[1] = 0
+    grid = choose_grid(w, torch.ones(64), 4, 0, False, torch.float32)
+    rounded = decode(gptq(w, torch.eye(64), grid, 0), grid, 0)
+    assert torch.equal(rounded[1], torch.zeros(64).double())
+
+
+def test_compensation_reduces_the_error_that_rounded_inputs_cause() -> None:
+    x = correlated_inputs(2048, 64)
+    w = torch.randn(16, 64)
+    scale = x.abs().amax(1, keepdim=True) / 3
+    rounded = (x / scale).round() * scale
+    better = compensated_weight(w, rounded.T @ rounded, rounded.T @ x, 0.01)
+    plain = (rounded.double() @ w.double().T - x.double() @ w.double().T).square().sum()
+    ours = (rounded.double() @ better.T - x.double() @ w.double().T).square().sum()
+    assert ours < 0.97 * plain
+
+
+def test_without_rounding_compensation_changes_nothing() -> None:
+    x, w = correlated_inputs(512, 32), torch.randn(8, 32)
+    H = x.T @ x
+    torch.testing.assert_close(compensated_weight(w, H, H, 0.01), w.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_fewer_tokens_than_channels_still_gives_a_solution() -> None:
+    x, w = torch.randn(5, 64), torch.randn(8, 64)
+    H = x.T @ x
+    grid = choose_grid(w, H.diagonal(), 4, 0, False, torch.float32)
+    assert decode(gptq(w, H, grid, 0), grid, 0).isfinite().all()
+
+
+def test_nan_statistics_are_refused() -> None:
+    with pytest.raises(SaltireError, match="NaN"):
+        damped(torch.full((4, 4), float("nan")), 0.01)
