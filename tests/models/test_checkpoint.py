@@ -71,6 +71,7 @@ def test_files_hold_packed_integers_and_no_float_copy(tmp_path: Path) -> None:
         assert file.get_tensor(name).shape == (64, 96 // 2)
         assert "model.layers.0.mlp.down_proj.weight" not in list(file.keys())
         assert file.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16
+        assert "lm_head.weight" not in list(file.keys()), "the tied head is stored twice"
 
 
 def test_a_loaded_model_saves_to_the_same_bytes(tmp_path: Path) -> None:

@@ -83,13 +83,13 @@ class SaltireHfQuantizer(HfQuantizer):
         """The tensors to save: packed codes as they are, everything else in ``rest_dtype``."""
         rest = getattr(torch, self.quantization_config.rest_dtype)
         ours = tuple(f"{name}." for name in self.quantization_config.layers)
+        cast: dict[tuple[int, int], Tensor] = {}  # a tied tensor stays one tensor, stored once
         state = model.state_dict()
-        return {
-            name: tensor.to(rest)
-            if tensor.is_floating_point() and not name.startswith(ours)
-            else tensor
-            for name, tensor in state.items()
-        }, {}
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not name.startswith(ours):
+                key = tensor.data_ptr(), tensor.numel()
+                state[name] = cast.setdefault(key, tensor.to(rest))
+        return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +39,35 @@ def load_model(
     logging.disable_progress_bar()
     options["trust_remote_code"] = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, **options
-        )
+        with _no_gguf_bar():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or torch.float32, output_loading_info=True, **options
+            )
     except SaltireError:
         raise
     except Exception as error:
         raise SaltireError(f"cannot load {spec}: {_one_line(error)}") from error
+    if info["missing_keys"]:  # transformers would go on with random values
+        names = sorted(info["missing_keys"])
+        raise SaltireError(
+            f"{spec} lacks {len(names)} tensors of its model, among them {names[0]}. "
+            "The checkpoint is incomplete; save or fetch it again."
+        )
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """Silence the bar that reading a GGUF shows whatever the logging settings say."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    bar = getattr(gguf, "tqdm", None)
+    gguf.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
 
 
 def weight_bytes(spec: str | Path) -> int:

