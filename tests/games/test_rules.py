@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.games import FORMAT_PENALTY, GAMES, IllegalMove, make
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saltire.games import IllegalMove, make
 from saltire.games.dont_say_it import Conversation
 from saltire.games.negotiation import GOODS, Trade

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from saltire.games import FORMAT_PENALTY, IllegalMove, make
 from saltire.games.undercover import Round
 

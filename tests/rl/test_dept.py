@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from saltire.errors import SaltireError
 from saltire.rl.dept import (
     Dept,

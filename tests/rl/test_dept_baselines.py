@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from saltire.errors import SaltireError
 from saltire.rl.match_outcome import MatchOutcome
 from saltire.rl.role_baselines import NoBaseline, RoleAverage, RoleGroup
