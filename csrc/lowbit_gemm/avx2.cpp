@@ -4,26 +4,30 @@
 // loop from every step, and its saturation cannot happen.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "lowbit_gemm/epilogue.h"
 #include "lowbit_gemm/op.h"
 
 namespace saltire::lowbit_gemm {
 namespace {
 
+#define SALTIRE_INLINE __attribute__((always_inline)) inline
+
 constexpr int64_t kPrefetch = 2048;  // bytes ahead of the codes: see avx512.cpp
 
-inline __m256i broadcast_quad(const int8_t* x) {
+SALTIRE_INLINE __m256i broadcast_quad(const int8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, sizeof(quad));
   return _mm256_set1_epi32(quad);
 }
 
-inline __m256i load(const uint8_t* p) {
+SALTIRE_INLINE __m256i load(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
 template <int bits, int q>
-inline __m256i unpack(__m256i line) {
+SALTIRE_INLINE __m256i unpack(__m256i line) {
   constexpr int container = bits == 2 ? 2 : 4;
   const __m256i mask = _mm256_set1_epi8((1 << container) - 1);
   return _mm256_and_si256(q == 0 ? line : _mm256_srli_epi16(line, q * container), mask);
@@ -37,17 +41,59 @@ int64_t steps_in_16_bits(const Gemm& gemm) {
   return 32767 / largest_pair / (gemm.layout.step_k() / 4);
 }
 
-template <int bits, int rows, int q>
-inline void multiply(__m256i half0, __m256i half1, const int8_t*& x, __m256i (&sum)[rows][2]) {
-  const __m256i w0 = unpack<bits, q>(half0);
-  const __m256i w1 = unpack<bits, q>(half1);
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    const __m256i quad = broadcast_quad(x + 4 * r);
-    sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(w0, quad));
-    sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(w1, quad));
+// 16-bit sums of a tile: [row][8 outputs]. All indices are constants, by folds over a pack of row
+// numbers, so that the sums live in registers.
+template <int rows>
+using Sums = __m256i[rows][2];
+
+template <int... r>
+using Rows = std::integer_sequence<int, r...>;
+
+SALTIRE_INLINE void add_products(__m256i& sum, __m256i w, __m256i quad) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, quad));
+  // Without this GCC adds the products of two quads first, for which there are no registers.
+  asm("" : "+x"(sum));
+}
+
+SALTIRE_INLINE void multiply_row(__m256i (&sum)[2], __m256i w0, __m256i w1, const int8_t* x) {
+  const __m256i quad = broadcast_quad(x);
+  add_products(sum[0], w0, quad);
+  add_products(sum[1], w1, quad);
+}
+
+// Multiplies quad q of 16 outputs by the rows' activations.
+template <int bits, int q, int... r>
+SALTIRE_INLINE void multiply_quad(const uint8_t* w, const int8_t* x, Sums<sizeof...(r)>& sum,
+                                  Rows<r...>) {
+  const __m256i w0 = unpack<bits, q>(load(w));
+  const __m256i w1 = unpack<bits, q>(load(w + 32));
+  (multiply_row(sum[r], w0, w1, x + 4 * (q * static_cast<int>(sizeof...(r)) + r)), ...);
+}
+
+SALTIRE_INLINE void widen(const __m256i (&sum)[2], __m256i* dot) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  dot[0] = _mm256_add_epi32(dot[0], _mm256_madd_epi16(sum[0], ones));
+  dot[1] = _mm256_add_epi32(dot[1], _mm256_madd_epi16(sum[1], ones));
+}
+
+// Adds `steps` steps to dot, int32 [row][32]. w points to the first step's line of 16 outputs.
+template <int bits, int... r>
+SALTIRE_INLINE void multiply_half(const uint8_t* w, const int8_t* x, int64_t steps, __m256i* dot,
+                                  Rows<r...> all) {
+  constexpr int rows = sizeof...(r);
+  Sums<rows> sum;
+  ((sum[r][0] = sum[r][1] = _mm256_setzero_si256()), ...);
+  for (const uint8_t* const end = w + steps * 2 * kLine; w != end; w += 2 * kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch), _MM_HINT_T0);
+    multiply_quad<bits, 0>(w, x, sum, all);
+    multiply_quad<bits, 1>(w, x, sum, all);
+    if constexpr (bits == 2) {
+      multiply_quad<bits, 2>(w, x, sum, all);
+      multiply_quad<bits, 3>(w, x, sum, all);
+    }
+    x += rows * (bits == 2 ? 16 : 8);
   }
-  x += 4 * rows;
+  (widen(sum[r], dot + 4 * r), ...);
 }
 
 inline __m256 table(const WeightLayout& layout, const uint8_t* from, int quarter) {
@@ -56,82 +102,49 @@ inline __m256 table(const WeightLayout& layout, const uint8_t* from, int quarter
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + quarter));
 }
 
-// Adds `steps` steps of 16 of a block's outputs to dot: w points to their line of the first step.
-template <int bits, int rows>
-inline void multiply_half(const uint8_t* w, const int8_t* x, int64_t steps, __m256i (*dot)[4]) {
-  __m256i sum[rows][2];
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-  for (int64_t step = 0; step < steps; ++step, w += 2 * kLine) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch), _MM_HINT_T0);
-    const __m256i half0 = load(w);
-    const __m256i half1 = load(w + 32);
-    multiply<bits, rows, 0>(half0, half1, x, sum);
-    multiply<bits, rows, 1>(half0, half1, x, sum);
-    if constexpr (bits == 2) {
-      multiply<bits, rows, 2>(half0, half1, x, sum);
-      multiply<bits, rows, 3>(half0, half1, x, sum);
-    }
-  }
-  const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    dot[r][0] = _mm256_add_epi32(dot[r][0], _mm256_madd_epi16(sum[r][0], ones));
-    dot[r][1] = _mm256_add_epi32(dot[r][1], _mm256_madd_epi16(sum[r][1], ones));
-  }
-}
-
 template <int bits, int rows>
 void multiply_tile(const Gemm& gemm, int64_t tile, int64_t block, int64_t most_steps) {
+  constexpr auto all = std::make_integer_sequence<int, rows>();
   const WeightLayout& layout = gemm.layout;
   const int64_t row0 = gemm.tiles.begin(tile);
   const uint8_t* w = gemm.w + block * layout.block_bytes();
   const int8_t* x = gemm.x + row0 * layout.k;
   const float* shift = gemm.shift + row0 * layout.groups();
   const int64_t group_steps = layout.group / layout.step_k();
-  const int64_t x_step = layout.step_k() * rows;
-  alignas(32) float acc[rows][4][8] = {};
+  alignas(32) float acc[rows][kBlock] = {};
   for (int64_t g = 0; g < layout.groups(); ++g, shift += rows) {
     __m256i dot[rows][4];
     for (auto& row : dot) {
       for (auto& quarter : row) quarter = _mm256_setzero_si256();
     }
     for (int64_t done = 0; done < group_steps;) {
-      const int64_t steps = group_steps - done < most_steps ? group_steps - done : most_steps;
-      // Both halves of these steps' lines stay in L1 between the two passes.
-      for (int half = 0; half < 2; ++half) {
-        __m256i part[rows][4];
-        for (int r = 0; r < rows; ++r) {
-          part[r][0] = dot[r][2 * half];
-          part[r][1] = dot[r][2 * half + 1];
-        }
-        multiply_half<bits, rows>(w + half * kLine, x, steps, part);
-        for (int r = 0; r < rows; ++r) {
-          dot[r][2 * half] = part[r][0];
-          dot[r][2 * half + 1] = part[r][1];
-        }
-      }
+      const int64_t left = group_steps - done;
+      const int64_t steps = left < most_steps ? left : most_steps;
+      // These steps stay in L1 between the passes over their first and second lines.
+      multiply_half<bits>(w, x, steps, dot[0], all);
+      multiply_half<bits>(w + kLine, x, steps, dot[0] + 2, all);
       done += steps;
       w += steps * 2 * kLine;
-      x += steps * x_step;
+      x += steps * layout.step_k() * rows;
     }
+    // Sums and results stay in L1: see avx512.cpp.
+    asm volatile("" : : "r"(dot), "r"(acc) : "memory");
     for (int quarter = 0; quarter < 4; ++quarter) {
       const __m256 scale = table(layout, w, quarter);
       const __m256 zero =
           layout.has_zero ? table(layout, w + layout.table_bytes(), quarter) : _mm256_setzero_ps();
-#pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const __m256 value = _mm256_cvtepi32_ps(dot[r][quarter]);
         const __m256 offset = _mm256_set1_ps(shift[r]);
         const __m256 t =
             layout.has_zero ? _mm256_fnmadd_ps(zero, offset, value) : _mm256_sub_ps(value, offset);
-        _mm256_store_ps(acc[r][quarter],
-                        _mm256_fmadd_ps(scale, t, _mm256_load_ps(acc[r][quarter])));
+        float* at = acc[r] + quarter * 8;
+        _mm256_store_ps(at, _mm256_fmadd_ps(scale, t, _mm256_load_ps(at)));
       }
     }
     w += layout.table_bytes() * (layout.has_zero ? 2 : 1);
   }
-  for (int r = 0; r < rows; ++r) finish_row(gemm, row0 + r, block, acc[r][0]);
+  for (int r = 0; r < rows; ++r) finish_row(gemm, row0 + r, block, acc[r]);
 }
 
 using TileKernel = void (*)(const Gemm&, int64_t, int64_t, int64_t);

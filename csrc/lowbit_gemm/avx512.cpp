@@ -45,8 +45,12 @@ SALTIRE_INLINE void clear(Sums<sizeof...(r)>& sum, Rows<r...>) {
   ((sum[r][0] = sum[r][1] = _mm512_setzero_si512()), ...);
 }
 
+// Written out because GCC 12 has no pattern for vpdpbusd with a broadcast from memory: it loads the
+// quad into a register of its own, and with 24 sums there is none to spare.
 SALTIRE_INLINE void multiply_row(__m512i (&sum)[2], __m512i w0, __m512i w1, const int8_t* x) {
-  struct Quad { int8_t code[4]; };
+  struct Quad {
+    int8_t code[4];
+  };
   const Quad& quad = *reinterpret_cast<const Quad*>(x);
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[0]) : "v"(w0), "m"(quad));
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[1]) : "v"(w1), "m"(quad));
@@ -70,8 +74,7 @@ template <bool has_zero>
 SALTIRE_INLINE void scale_row(__m512i sum, __m512 scale, __m512 zero, float shift, float* acc) {
   const __m512 value = _mm512_cvtepi32_ps(sum);
   const __m512 offset = _mm512_set1_ps(shift);
-  const __m512 t =
-      has_zero ? _mm512_fnmadd_ps(zero, offset, value) : _mm512_sub_ps(value, offset);
+  const __m512 t = has_zero ? _mm512_fnmadd_ps(zero, offset, value) : _mm512_sub_ps(value, offset);
   _mm512_store_ps(acc, _mm512_fmadd_ps(scale, t, _mm512_load_ps(acc)));
 }
 
