@@ -3,6 +3,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.saltire-installed
 PYTHON ?= python3
+CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 .PHONY: install demo test lint format bench sanitize clean
 .DEFAULT_GOAL := help
@@ -31,14 +32,14 @@ test: lint ## lint, then every fast test
 lint: install ## ruff, clang-format, mypy, import-linter
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
 format: install ## rewrite Python and C++ in the house's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## remove the virtual environment and every build
 	rm -rf $(VENV) build
