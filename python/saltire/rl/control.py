@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from saltire.errors import SaltireError
 from saltire.rl.actuators import Actuator, Knobs
 from saltire.rl.controllers import Controller, ControllerState
+from saltire.rl.distributed import all_sum
 from saltire.rl.schedules import Phase, Schedule, phase_of
 
 Unit = Literal["nats", "initial"]
@@ -168,20 +168,16 @@ class EntropyMeter:
     """
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = [0.0, 0.0]
 
     def add(self, entropy: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add the entropies (nats) of one micro-batch, those where ``mask`` is true."""
         chosen = entropy.detach() if mask is None else entropy.detach()[mask]
-        self._sums += torch.tensor([float(chosen.double().sum()), chosen.numel()])
+        self._sums[0] += float(chosen.double().sum())
+        self._sums[1] += chosen.numel()
 
-    def mean(self, group: dist.ProcessGroup | None = None) -> float:
-        """The mean over all ranks, the same on each (NaN without tokens); starts afresh."""
-        sums = self._sums.clone()
-        self._sums.zero_()
-        if dist.is_available() and dist.is_initialized():
-            device = "cpu" if "gloo" in dist.get_backend(group) else "cuda"
-            sums = sums.to(device)
-            dist.all_reduce(sums, group=group)
-        total, count = sums.tolist()
+    def mean(self) -> float:
+        """The mean over all ranks, the same on each, NaN without tokens; starts afresh."""
+        total, count = all_sum(self._sums)
+        self._sums = [0.0, 0.0]
         return total / count if count else math.nan
