@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # see hf_quantizer.py
 
 @dataclass(frozen=True)
 class Adapter:
-    """One architecture: a list of blocks, each with groups of linears that read the same tensor.
+    """One architecture: a list of blocks, each with groups of linears that read the same tensor,
+    then a norm and the head.
 
     The groups stand in the order of computation, so that a later one sees the earlier quantised.
     """
@@ -30,6 +31,8 @@ class Adapter:
         ("mlp.down_proj",),
     )
     blocks_path: str = "model.layers"
+    norm_path: str = "model.norm"
+    head_path: str = "lm_head"
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order."""

@@ -62,6 +62,10 @@ class BlockRunner:
             handle.remove()
         return torch.cat(seen)
 
+    def outputs(self, norm: nn.Module) -> Tensor:
+        """The hidden states after all blocks and the final norm: float32 [tokens, D]."""
+        return torch.cat([norm(hidden).flatten(0, -2).float() for hidden in self.hidden])
+
     def advance(self, block: nn.Module) -> None:
         """Take the hidden states through the block."""
         for index, hidden in enumerate(self.hidden):

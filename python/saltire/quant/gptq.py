@@ -1,7 +1,7 @@
 """Rounding of weights that makes up for its own error (GPTQ), for one matrix.
 
-Source: Frantar et al., GPTQ (2022). Differs: the rounding of the activations is compensated as
-well (``compensated_weight``), and grids are chosen under the same error that GPTQ minimises.
+Source: Frantar et al., GPTQ (2022). Differs: the statistics are those of the rounded activations,
+and grids are chosen under the error that GPTQ minimises.
 """
 
 from __future__ import annotations
@@ -84,62 +84,64 @@ def choose_grid(
     return Grid(best_scale.to(scale_dtype).to(w.dtype), best_zero, bits)
 
 
-def damped(H: Tensor, damping: float) -> Tensor:
-    """H with ``damping`` times its mean diagonal added: float64 [K, K], positive definite."""
-    H = H.double()
-    mean = H.diagonal().mean()
-    if not torch.isfinite(mean):
-        raise SaltireError(
-            "the calibration activations hold NaN or infinity. Check the model and the text."
-        )
-    floor = mean if mean > 0 else torch.ones_like(mean)
-    return H + damping * floor * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+@dataclass(frozen=True)
+class Curvature:
+    """What GPTQ needs of X̂ᵀX̂, computed once for all matrices that share an input.
 
-
-def compensated_weight(w: Tensor, H: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """The real-valued weight that best maps rounded inputs to the outputs of unrounded ones.
-
-    Minimises ‖X̂·ŵ - X·w‖² + λ‖ŵ - w‖² over ŵ: ŵ = (H + λI)⁻¹ (X̂ᵀX + λI) w, with H = X̂ᵀX̂,
-    cross = X̂ᵀX and λ = damping · mean diag H. w: [N, K]. Returns float64 [N, K].
+    order: columns by falling power, so that the largest errors find the most columns to be moved
+    onto. factor: upper-triangular U with UᵀU = H⁻¹ in that order, float32 [K, K]. power: the
+    diagonal of X̂ᵀX̂, float32 [K], in the original order.
     """
-    ridge = damped(H, damping)
-    shift = ridge.diagonal()[0] - H.double().diagonal()[0]
-    target = cross.double() @ w.double().T + shift * w.double().T
-    return torch.linalg.solve(ridge, target).T
+
+    order: Tensor
+    factor: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, H: Tensor, damping: float = 0.01) -> Curvature:
+        """Damp by a share of the mean diagonal, order, factorise.
+
+        H: float [K, K]. An input that is always zero teaches nothing: all columns count alike, so
+        that GPTQ rounds to nearest. Raises SaltireError if H is not finite.
+        """
+        if not torch.isfinite(H).all():
+            raise SaltireError(
+                "the calibration activations hold NaN or infinity. Check the model and the text."
+            )
+        K = H.shape[0]
+        power = H.diagonal()
+        if power.max() <= 0:
+            H, power = torch.eye(K), torch.ones(K)
+        order = torch.argsort(power, descending=True)
+        ridge = H.double()[order][:, order]
+        ridge.diagonal().add_(damping * float(power.mean()))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridge))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True).float(), power.float())
 
 
-def gptq(w: Tensor, H: Tensor, grid: Grid, group: int, damping: float = 0.01) -> Tensor:
+def gptq(w: Tensor, curvature: Curvature, grid: Grid, group: int) -> Tensor:
     """Round w column by column, moving each column's error onto the columns not yet rounded.
 
-    w: float [N, K]; H = X̂ᵀX̂ [K, K]. Columns go in order of falling power of their input, so that
-    the largest errors find the most columns to be moved onto. Returns codes uint8 [N, K].
+    w: float [N, K]. Returns codes uint8 [N, K].
     """
     N, K = w.shape
-    order = torch.argsort(H.diagonal(), descending=True)
-    U = _inverse_factor(damped(H, damping)[order][:, order]).float()
-    w = w[:, order].float().clone()
-    groups = order // (group or K)
-    codes = torch.empty(N, K, dtype=torch.uint8)
-    grid = Grid(grid.scale.float(), grid.zero.float(), grid.bits)
+    order, U = curvature.order, curvature.factor
+    groups = (order // (group or K)).tolist()
+    w = w.float()[:, order]
+    codes = torch.empty(K, N)  # columns as rows, so that each is contiguous
     for start in range(0, K, BLOCK):
         stop = min(start + BLOCK, K)
-        block = w[:, start:stop].T.contiguous()  # columns as rows, so that each is contiguous
+        block = w[:, start:stop].T.contiguous()
         errors = torch.empty_like(block)
         inner = U[start:stop, start:stop]
         for j in range(stop - start):
-            g = int(groups[start + j])
-            code = grid.codes(block[j], g)
-            codes[:, order[start + j]] = code.to(torch.uint8)
-            error = (block[j] - grid.values(code, g)) / inner[j, j]
-            errors[j] = error
+            g = groups[start + j]
+            code = codes[start + j] = grid.codes(block[j], g)
+            errors[j] = (block[j] - grid.values(code, g)) / inner[j, j]
             if j + 1 < stop - start:
-                block[j + 1 :] -= inner[j, j + 1 :, None] * error
+                block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
         if stop < K:
-            w[:, stop:] -= errors.T @ U[start:stop, stop:]
-    return codes
-
-
-def _inverse_factor(H: Tensor) -> Tensor:
-    """Upper-triangular U with UᵀU = H⁻¹: float64 [K, K]."""
-    lower = torch.linalg.cholesky(H)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            w[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+    result = torch.empty(N, K, dtype=torch.uint8)
+    result[:, order] = codes.T.to(torch.uint8)
+    return result

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saltire import ops
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for, share_inputs
-from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer, replace_linear
-from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
+from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer
+from saltire.nn.linear_format import LinearFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
-from saltire.quant.gptq import choose_grid, compensated_weight, gptq
+from saltire.quant.layer import quantize_group
 from saltire.quant.recipe import Recipe, parse_recipe
 from saltire.quant.texts import calibration_tokens
-from saltire.quant.transforms import input_diagonal, rotation
-
-DAMPING = 0.01  # of the mean diagonal of H: GPTQ's usual
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MOMENT_CHUNK = 2048  # tokens whose codes are held as floats at once
 
 
 @torch.no_grad()
@@ -66,113 +58,15 @@ def quantize(
             for name, new in quantize_group(block, group, x, recipe).items():
                 formats[f"{adapter.blocks_path}.{index}.{name}"] = new.format
         runner.advance(block)
+    if recipe.head:
+        x = runner.outputs(model.get_submodule(adapter.norm_path))
+        head = quantize_group(model, (adapter.head_path,), x, recipe.head_recipe())
+        formats[adapter.head_path] = head[adapter.head_path].format
+        model.config.tie_word_embeddings = False
     _round_the_rest(model, getattr(torch, recipe.rest_dtype))
     _attach_config(model, recipe, formats)
     share_inputs(model)
     return model
-
-
-def quantize_group(
-    block: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe
-) -> dict[str, QuantLinear]:
-    """Quantise linears that share the input x float32 [tokens, K], and put them into the block."""
-    where = " / ".join(names)
-    if not torch.isfinite(x).all():
-        raise SaltireError(
-            f"{where}: the calibration activations hold NaN or infinity. "
-            "Check the model and the calibration text."
-        )
-    linears = [block.get_submodule(name) for name in names]
-    weights = {
-        name: linear.weight.detach().float()
-        for name, linear in zip(names, linears, strict=True)
-        if isinstance(linear, nn.Linear)
-    }
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise SaltireError(f"{name}: the weight holds NaN or infinity. The model is damaged.")
-    K = x.shape[1]
-    hadamard, left = rotation(K, recipe)
-    D = _diagonal(x, list(weights.values())) if recipe.diagonal else torch.ones(K).double()
-    left32 = None if left is None else left.float()
-    inverse = (1.0 / D).float()
-    rotated = ops.transform(x, diag=inverse, hadamard=hadamard, left=left32)
-    format = recipe.format(hadamard, 0 if left is None else left.shape[0])
-    format = replace(format, clip=_best_clip(rotated, format))
-    format.check_fits(where, K)
-    H, cross = _moments(rotated, format)
-    if H.diagonal().max() == 0:
-        # An input that is always zero teaches nothing: round to nearest, as if all were alike.
-        H, cross = torch.eye(K), torch.eye(K)
-    new = {}
-    for name, weight in weights.items():
-        rotated_weight = ops.transform(weight, diag=D.float(), hadamard=hadamard, left=left32)
-        new[name] = _quantize_one(block, name, rotated_weight, H, cross, format, recipe)
-        if format.diag:
-            new[name].diag = inverse.clone()
-        if left32 is not None:
-            new[name].left = left32.clone()
-    return new
-
-
-def _quantize_one(
-    block: nn.Module,
-    name: str,
-    w: Tensor,
-    H: Tensor,
-    cross: Tensor,
-    format: LinearFormat,
-    recipe: Recipe,
-) -> QuantLinear:
-    """Round one rotated weight and put its QuantLinear into the block; fills all but transforms."""
-    dtype = SCALE_DTYPES[format.scale_dtype]
-    if recipe.compensate:
-        w = compensated_weight(w, H, cross, DAMPING).float()
-    grid = choose_grid(w, H.diagonal(), format.weight_bits, format.group, format.zero_points, dtype)
-    codes = gptq(w, H, grid, format.group, DAMPING)
-    bias = block.get_submodule(name).bias
-    new = replace_linear(block, name, format)
-    new.weight_packed = ops.pack_weight(codes, format.weight_bits)
-    new.weight_scale = grid.scale.to(dtype)
-    if format.zero_points:
-        new.weight_zero = grid.zero.to(dtype)
-    if isinstance(bias, Tensor):
-        new.bias = bias.detach().float()
-    return new
-
-
-def _diagonal(x: Tensor, weights: list[Tensor]) -> Tensor:
-    rms_x = x.square().mean(0).sqrt()
-    rms_w = torch.cat(weights).square().mean(0).sqrt()
-    return input_diagonal(rms_x, rms_w)
-
-
-def _best_clip(rotated: Tensor, format: LinearFormat) -> float:
-    """The clip ratio with the least squared rounding error, on at most 1,024 tokens."""
-    if format.act_bits == 8:
-        return 1.0  # 8 bits have levels to spare: clipping only costs
-    probe = rotated[:: max(1, rotated.shape[0] // 1024)]
-
-    def loss(clip: float) -> float:
-        return float((_rounded(probe, replace(format, clip=clip)) - probe).square().sum())
-
-    return min(CLIPS, key=loss)
-
-
-def _rounded(rotated: Tensor, format: LinearFormat) -> Tensor:
-    codes, scale, _ = ops.transform_quantize(rotated, format.act_bits, clip=format.clip)
-    return codes.float() * scale[:, None]
-
-
-def _moments(rotated: Tensor, format: LinearFormat) -> tuple[Tensor, Tensor]:
-    """X̂ᵀX̂ and X̂ᵀX over all tokens, X̂ the rounded activations: float32 [K, K] each."""
-    K = rotated.shape[1]
-    H, cross = torch.zeros(K, K), torch.zeros(K, K)
-    for x in rotated.split(MOMENT_CHUNK):
-        rounded = _rounded(x, format)
-        H.addmm_(rounded.T, rounded)
-        cross.addmm_(rounded.T, x)
-    return H, cross
 
 
 def _round_the_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:

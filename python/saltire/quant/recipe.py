@@ -18,9 +18,9 @@ class Recipe:
 
     weight_bits, act_bits, group, zero_points: see LinearFormat. diagonal: scale input channels by
     BDQ's closed form before rounding. rotation: ``none``; ``block``, a Hadamard of ``block``
-    channels; ``full``, one rotation over all channels. compensate: let the weights make up for the
-    rounding of activations, not only of weights. rest_dtype: dtype in which the tensors that are
-    not quantised (embedding, norms) are stored.
+    channels; ``full``, one rotation over all channels. head: also quantise the head that gives the
+    logits, to 4-bit weights in groups of 64 on 8-bit activations. rest_dtype: dtype in which the
+    tensors that are not quantised (embedding, norms) are stored.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Recipe:
     diagonal: bool = True
     rotation: Rotation = "full"
     block: int = 64
-    compensate: bool = True
+    head: bool = True
     rest_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -52,6 +52,10 @@ class Recipe:
             left=left,
             clip=clip,
         )
+
+    def head_recipe(self) -> Recipe:
+        """How the head is quantised, whatever the blocks' bits: logits bear less noise."""
+        return replace(self, weight_bits=4, act_bits=8, group=64, zero_points=False)
 
 
 _BASE = Recipe("w4a4", 4, 4)
