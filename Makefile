@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.saltire-installed
 PYTHON ?= python3
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: install demo test lint format bench sanitize clean
+.PHONY: install demo test lint format bench sanitize cuda clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -28,6 +28,12 @@ demo: install ## the main job on the embedded default model
 
 test: lint ## lint, then every fast test
 	$(PY) -m pytest -m "not slow and not cuda"
+
+cuda: install ## build the CUDA library for every architecture and read its machine code (no GPU needed)
+	$(PY) -m cmake -S . -B build/cuda -G Ninja -DSALTIRE_CUDA=ON -DPython_EXECUTABLE=$(abspath $(PY)) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	$(PY) -m cmake --build build/cuda --target saltire_cuda
+	$(PY) -m pytest -m slow tests/cuda_on_cpu/test_compiler.py
 
 lint: install ## ruff, clang-format, mypy, import-linter
 	$(VENV)/bin/ruff check .

@@ -70,6 +70,15 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
                 " is not on the CPU, but the other arguments are. Move it with .cpu().");
 }
 
+// The dispatcher looks at one argument only; the others may lie elsewhere.
+inline void check_same_device(const char* op, const char* name, const Tensor& t,
+                              const char* like_name, const Tensor& like) {
+  const bool same = t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
+                    t.get_device_index() == like.get_device_index();
+  SALTIRE_CHECK(same, op, ": ", name, " and ", like_name,
+                " are on different devices. Move one with .to(", like_name, ".device).");
+}
+
 // Kernels walk memory in order; a view is copied once here, which costs less than striding.
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 
+#include "core/both.h"
+
 namespace saltire::transform_quantize {
 
 // largest: the greatest of the tokens' bit patterns without their sign. Ordered as integers, they
@@ -12,7 +14,7 @@ namespace saltire::transform_quantize {
 //
 // Writes the scale and returns its inverse; an inverse of 0 means that all codes are 0: for a token
 // of zeros (or so small that the inverse would overflow) with scale 0, for a damaged one with NaN.
-static inline float choose_scale(uint32_t largest, float clip_over_q, float* scale) {
+static SALTIRE_BOTH float choose_scale(uint32_t largest, float clip_over_q, float* scale) {
   constexpr uint32_t kInfinity = 0x7f800000u;
   if (largest >= kInfinity) {
     *scale = std::numeric_limits<float>::quiet_NaN();

@@ -25,9 +25,6 @@ Device read(int ordinal) {
   d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, ordinal);
   d.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   d.l2_bytes = attribute(cudaDevAttrL2CacheSize, ordinal);
-#if defined(SALTIRE_SM90)
-  d.has_wgmma = d.sm == 90;  // sm_90a code runs on 9.0 alone, not on later chips
-#endif
   return d;
 }
 

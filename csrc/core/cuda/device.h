@@ -9,7 +9,6 @@ struct Device {
   int multiprocessors = 0;  // SMs
   int shared_bytes = 0;     // the most a block may have, opted in
   int64_t l2_bytes = 0;     // for benches, which rotate inputs past it
-  bool has_wgmma = false;   // the library holds code for sm_90a and the device runs it
 };
 
 // Facts of a device, read once. Throws std::runtime_error with CUDA's message.

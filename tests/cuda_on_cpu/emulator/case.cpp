@@ -66,7 +66,6 @@ saltire::cuda::Device Case::device() const {
   d.sm = static_cast<int>(number("sm", 90));
   d.multiprocessors = static_cast<int>(number("multiprocessors", 132));
   d.shared_bytes = static_cast<int>(number("shared_bytes", 227 * 1024));
-  d.has_wgmma = d.sm == 90;
   return d;
 }
 

@@ -1,4 +1,5 @@
 // Warp instructions, tensor cores and asynchronous copies, from the tables of the PTX manual.
+#include <algorithm>
 #include <cstring>
 
 #include "core/cpu/half.h"
@@ -40,6 +41,24 @@ uint32_t vote(bool condition) {
   return record.result;
 }
 
+uint32_t warp_max(uint32_t value) {
+  collective("a maximum over the warp", &value, [](void** records) {
+    uint32_t most = 0;
+    for (int l = 0; l < 32; ++l) most = std::max(most, lane<uint32_t>(records, l));
+    for (int l = 0; l < 32; ++l) lane<uint32_t>(records, l) = most;
+  });
+  return value;
+}
+
+int32_t warp_sum(int32_t value) {
+  collective("a sum over the warp", &value, [](void** records) {
+    uint32_t sum = 0;  // unsigned: it wraps
+    for (int l = 0; l < 32; ++l) sum += lane<uint32_t>(records, l);
+    for (int l = 0; l < 32; ++l) lane<uint32_t>(records, l) = sum;
+  });
+  return value;
+}
+
 // --- memory -------------------------------------------------------------------------------------
 
 namespace {
@@ -72,6 +91,11 @@ int add_and_see(int* counter, int value) {
   const int old = *counter;
   *counter = old + value;
   return old;
+}
+
+void add_to(int32_t* sum, int32_t value) {
+  updates_atomically(sum, sizeof(int32_t));
+  *sum = static_cast<int32_t>(static_cast<uint32_t>(*sum) + static_cast<uint32_t>(value));
 }
 
 void add_to(float* sum, float value) {

@@ -19,11 +19,14 @@ struct Shuffle {
 };
 void shuffle(Shuffle& record);
 uint32_t vote(bool condition);
+uint32_t warp_max(uint32_t value);
+int32_t warp_sum(int32_t value);
 void copy_async(void* to, const void* from, int bytes, bool there);
 void commit_copies();
 void wait_copies(int pending);
 int add_and_see(int* counter, int value);
 void add_to(float* sum, float value);
+void add_to(int32_t* sum, int32_t value);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 void mma_integers(int bits, int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_floats(bool brain, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -68,6 +71,12 @@ SALTIRE_DEVICE T shuffle(T value, int from) {
 SALTIRE_DEVICE uint32_t vote(bool condition) {
   return emulator::vote(condition);
 }
+SALTIRE_DEVICE uint32_t warp_max(uint32_t value) {
+  return emulator::warp_max(value);
+}
+SALTIRE_DEVICE int32_t warp_sum(int32_t value) {
+  return emulator::warp_sum(value);
+}
 SALTIRE_DEVICE void wait_for_previous_kernel() {}
 SALTIRE_DEVICE void let_next_kernel_start() {}
 
@@ -81,6 +90,9 @@ SALTIRE_DEVICE void store_once(void* to, uint4 v) {
 }
 SALTIRE_DEVICE int add_and_see(int* counter, int value) {
   return emulator::add_and_see(counter, value);
+}
+SALTIRE_DEVICE void add_to(int32_t* sum, int32_t value) {
+  emulator::add_to(sum, value);
 }
 SALTIRE_DEVICE void add_to(float* sum, float value) {
   emulator::add_to(sum, value);

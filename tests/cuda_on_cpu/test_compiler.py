@@ -1,0 +1,78 @@
+"""What nvcc and ptxas make of the kernels: no spills, no local memory, the tensor cores meant."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.cuda_on_cpu.compiler import Kernel, compile_kernels, nvcc, nvdisasm
+from tests.cuda_on_cpu.emulate import CSRC
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(nvcc() is None, reason="no CUDA compiler"),
+    pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm: pip install nvidia-cuda-nvdisasm"),
+]
+
+TENSOR_CORES = ["IMMA", "HMMA", "IGMMA", "HGMMA"]
+BEFORE_HOPPER, HOPPER = ["80", "86", "89"], ["90a"]
+
+
+def architectures(stem: str) -> list[str]:
+    if stem.startswith("sm80_"):
+        return BEFORE_HOPPER
+    return HOPPER if stem.startswith("sm90_") else BEFORE_HOPPER + HOPPER
+
+
+FILES = sorted(f for f in CSRC.glob("*/*.cu") if f.stem.startswith(("kernel", "sm80_", "sm90_")))
+CASES = {
+    f"{file.parent.name}/{file.stem}-{arch}": (file, arch)
+    for file in FILES
+    for arch in architectures(file.stem)
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, tuple[dict[str, Kernel], list[str]]]:
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda case: compile_kernels(*case), CASES.values())
+        return dict(zip(CASES, results, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_spills_no_stack_no_warnings(compiled, case) -> None:
+    kernels, warnings = compiled[case]
+    assert kernels
+    assert not warnings
+    for kernel in kernels.values():
+        assert kernel.opcodes, f"{kernel.name}: no machine code read"
+        assert (kernel.spills, kernel.stack) == (0, 0), kernel.name
+        assert kernel.count("LDL") + kernel.count("STL") == 0, kernel.name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensor_core_kernels_call_nothing(compiled, case) -> None:
+    """An emulated 4-bit product is a call; so is a division, which has no place beside one."""
+    for kernel in compiled[case][0].values():
+        if any(kernel.count(opcode) for opcode in TENSOR_CORES):
+            assert kernel.count("CALL") == 0, kernel.name
+
+
+# File -> opcode prefix that the kernels whose name holds the word must have, by architecture.
+INTENDED: list[tuple[str, str, str]] = [
+    ("transform_quantize/kernel", "transform_in", "REDUX"),
+]
+
+
+@pytest.mark.parametrize(("file", "word", "opcode"), INTENDED)
+def test_the_intended_instruction_is_there(compiled, file, word, opcode) -> None:
+    found = 0
+    for case, (kernels, _) in compiled.items():
+        if case.rsplit("-", 1)[0] != file:
+            continue
+        for kernel in kernels.values():
+            if word in kernel.name:
+                assert kernel.count(opcode) > 0, f"{case}: {kernel.name} has no {opcode}"
+                found += 1
+    assert found
