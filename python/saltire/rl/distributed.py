@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from saltire.errors import SaltireError
+
+T = TypeVar("T")
 
 
 def start_if_launched() -> None:
@@ -57,15 +60,6 @@ def all_max(values: Sequence[float]) -> list[float]:
     return _reduce(values, dist.ReduceOp.MAX)
 
 
-def gather(values: Sequence[object]) -> list[object]:
-    """The lists of all ranks, joined in the order of ranks, on every rank. Small objects only."""
-    if world_size() == 1:
-        return list(values)
-    parts: list[list[object]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, list(values))
-    return [value for part in parts for value in part]
-
-
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
@@ -80,6 +74,12 @@ def share(count: int, what: str) -> range:
             f"{count} {what} cannot be divided among {world_size()} ranks; make it a multiple."
         )
     return range(rank() * each, (rank() + 1) * each)
+
+
+def part_of(things: Sequence[T]) -> Sequence[T]:
+    """This rank's part of some things, in order, where the parts need not be equal."""
+    first, last = (len(things) * r // world_size() for r in (rank(), rank() + 1))
+    return things[first:last]
 
 
 def shard(policy: nn.Module, layers: Sequence[nn.Module]) -> None:
