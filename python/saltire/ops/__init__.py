@@ -8,10 +8,14 @@ from saltire.ops.lowbit_gemm import (
     unpack_weight,
     unprepack_weight,
 )
+from saltire.ops.sequence import Ordering, best_ordering, best_path
 from saltire.ops.transform_quantize import transform, transform_quantize
 
 __all__ = [
+    "Ordering",
     "best_isa",
+    "best_ordering",
+    "best_path",
     "current_isa",
     "force_isa",
     "isa_reason",
