@@ -9,19 +9,33 @@ from saltire.ops.lowbit_gemm import (
     unprepack_weight,
 )
 from saltire.ops.sequence import Ordering, best_ordering, best_path
+from saltire.ops.token_stats import (
+    TokenStats,
+    linear_token_stats,
+    merge_shards,
+    sharded_token_stats,
+    token_stats,
+    top_entropy_mask,
+)
 from saltire.ops.transform_quantize import transform, transform_quantize
 
 __all__ = [
     "Ordering",
+    "TokenStats",
     "best_isa",
     "best_ordering",
     "best_path",
     "current_isa",
     "force_isa",
     "isa_reason",
+    "linear_token_stats",
     "lowbit_gemm",
+    "merge_shards",
     "pack_weight",
     "prepack_weight",
+    "sharded_token_stats",
+    "token_stats",
+    "top_entropy_mask",
     "transform",
     "transform_quantize",
     "unpack_weight",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saltire.errors import SaltireError
+from saltire.ops import linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,21 @@ def head_stats(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each label and entropy of each distribution, from hidden states and the head.
 
-    hidden: [N, D]. labels: int64 [N]. Returns f32 [N], f32 [N], both differentiable.
+    hidden: [N, D]. labels: int64 [N]. Returns f32 [N], f32 [N], both differentiable. On the CPU the
+    logits [N, V] are never held.
     """
+    if not hidden.is_cuda and type(head) is nn.Linear:
+        stats = linear_token_stats(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            temperature=temperature,
+            softcap=softcap,
+            check=False,
+        )
+        assert stats.logprob is not None
+        return stats.logprob, stats.entropy
     logits = head(hidden).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
