@@ -35,6 +35,24 @@ cuda: install ## build the CUDA library for every architecture and read its mach
 	$(PY) -m cmake --build build/cuda --target saltire_cuda
 	$(PY) -m pytest -m slow tests/cuda_on_cpu/test_compiler.py
 
+bench: install ## every bench in its quick form; rows go to bench/results
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[bench]"
+	set -e; for file in bench/*.py; do \
+	  case $$file in bench/harness.py|bench/peers.py) continue;; esac; \
+	  echo "== $$file"; $(PY) $$file --quick; done
+
+# A second copy of the package, built with the sanitizers; -S keeps the editable install's import hook
+# out of the way of PYTHONPATH.
+sanitize: install ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize/site
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --target build/sanitize/site -C build-dir=build/sanitize/cmake \
+	  -C cmake.define.SALTIRE_SANITIZE=ON -C cmake.define.SALTIRE_CUDA=OFF .
+	PYTHONPATH=build/sanitize/site:$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(PY) -S -m pytest -m "not slow and not cuda" tests/ops
+
 lint: install ## ruff, clang-format, mypy, import-linter
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

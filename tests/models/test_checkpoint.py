@@ -48,6 +48,16 @@ def test_saved_then_loaded_logits_are_bit_equal(tmp_path: Path, architecture, re
 
 
 @torch.no_grad()
+def test_widths_that_are_no_power_of_two_are_saved(tmp_path: Path) -> None:
+    model = quantised(hidden_size=96, intermediate_size=160)
+    assert model.model.layers[0].self_attn.q_proj.left is not None
+    tokens = random_tokens(model, 2, 16)
+    save_checkpoint(model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_more_bits_stay_closer_to_the_original(architecture) -> None:
     model = tiny_model(architecture)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
+import re
 from typing import Any
 
 import typer
@@ -13,11 +13,7 @@ from saltire import __version__
 from saltire.cli import _console
 from saltire.errors import SaltireError
 
-# extra -> the packages that it brings
-EXTRAS = {
-    "data": ("datasets", "pyarrow", "zstandard"),
-    "report": ("matplotlib",),
-}
+EXTRA_OF = re.compile(r"""^([A-Za-z0-9._-]+).*;.*\bextra\s*==\s*["']([a-z0-9-]+)["']""")
 
 
 def register(app: typer.Typer) -> None:
@@ -61,7 +57,7 @@ def collect() -> dict[str, Any]:
         "cuda_kernels": _cuda(_C.cuda_archs, torch.version.cuda),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "default_model": _default_model(),
-        "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
+        "extras": {extra: _extra(extra, packages) for extra, packages in _extras().items()},
     }
 
 
@@ -82,8 +78,26 @@ def _default_model() -> str:
         return str(error)
 
 
-def _extra(extra: str, packages: tuple[str, ...]) -> str:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+def _extras() -> dict[str, list[str]]:
+    """The packages of each extra, as the installed package's own metadata lists them."""
+    extras: dict[str, list[str]] = {}
+    for requirement in importlib.metadata.requires("saltire") or []:
+        found = EXTRA_OF.match(requirement)
+        if found and found[2] != "dev":
+            extras.setdefault(found[2], []).append(found[1])
+    return extras
+
+
+def _extra(extra: str, packages: list[str]) -> str:
+    missing = [package for package in packages if not _is_installed(package)]
     if not missing:
         return "installed"
     return f"lacks {', '.join(missing)}: pip install 'saltire[{extra}]'"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

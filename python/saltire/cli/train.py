@@ -15,7 +15,7 @@ from saltire.errors import SaltireError
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command()(train)
+    app.command("train")(train)
 
 
 def train(

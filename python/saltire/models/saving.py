@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from saltire.errors import SaltireError
 from saltire.files import replacing_directory
+
+if TYPE_CHECKING:  # see hf_quantizer.py
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def save_checkpoint(

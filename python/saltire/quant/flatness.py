@@ -26,7 +26,7 @@ def flatness_entropy(W: Tensor, iterations: int = 0) -> float:
 
 
 def flatness_meanabs(W: Tensor) -> float:
-    """``mean(W_ij² / (α_i β_j)) · μ² `` less its value for constant magnitude, in nats per element.
+    """Flatness by mean magnitudes, in nats per element.
 
     p_ij = W_ij² / (α_i β_j), α_i and β_j the mean magnitudes of row i and column j; the result is
     ``mean(p ln p)``: 0 for a matrix of constant magnitude, 1.856 for a Gaussian one, larger with

@@ -70,7 +70,7 @@ def quantize_group(
         new.weight_packed, new.weight_scale = name_codes.clone(), name_scale.clone()
         new.weight_zero = name_zero.clone() if format.zero_points else None
         new.diag = 1.0 / D if format.diag else None
-        new.left = left
+        new.left = None if left is None else left.clone()
         new.bias = None if bias is None else bias.detach().float()
     return made
 

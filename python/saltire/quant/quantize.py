@@ -60,7 +60,7 @@ def quantize(
         runner.advance(block)
     if recipe.head:
         x = runner.outputs(model.get_submodule(adapter.norm_path))
-        head = quantize_group(model, (adapter.head_path,), x, recipe.head_recipe())
+        head = quantize_group(model, (adapter.head_path,), x, recipe.head_recipe(x.shape[1]))
         formats[adapter.head_path] = head[adapter.head_path].format
         model.config.tie_word_embeddings = False
     _round_the_rest(model, getattr(torch, recipe.rest_dtype))

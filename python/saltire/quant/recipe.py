@@ -19,8 +19,8 @@ class Recipe:
     weight_bits, act_bits, group, zero_points: see LinearFormat. diagonal: scale input channels by
     BDQ's closed form before rounding. rotation: ``none``; ``block``, a Hadamard of ``block``
     channels; ``full``, one rotation over all channels. head: also quantise the head that gives the
-    logits, to 4-bit weights in groups of 64 on 8-bit activations. rest_dtype: dtype in which the
-    tensors that are not quantised (embedding, norms) are stored.
+    logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
+    dtype in which the tensors that are not quantised (embedding, norms) are stored.
     """
 
     name: str
@@ -53,9 +53,10 @@ class Recipe:
             clip=clip,
         )
 
-    def head_recipe(self) -> Recipe:
-        """How the head is quantised, whatever the blocks' bits: logits bear less noise."""
-        return replace(self, weight_bits=4, act_bits=8, group=64, zero_points=False)
+    def head_recipe(self, inputs: int) -> Recipe:
+        """How a head of so many inputs is quantised: gently, as its noise goes to the logits."""
+        group = 64 if inputs % 64 == 0 else 0
+        return replace(self, weight_bits=4, act_bits=8, group=group, zero_points=False)
 
 
 _BASE = Recipe("w4a4", 4, 4)
