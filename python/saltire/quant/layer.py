@@ -14,6 +14,7 @@ from saltire.nn.quant_linear import QuantLinear
 from saltire.quant.gptq import Curvature, choose_grid, gptq
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms import input_diagonal, rotation
+from saltire.reference.lowbit_gemm import dequantize_weight
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 MOMENT_CHUNK = 2048  # tokens whose codes are held as floats at once
@@ -46,6 +47,16 @@ class RoundedWeights:
         new.left = None if self.left is None else self.left.clone()
         new.bias = None if bias is None else bias.detach().float()
         return new
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, back in the basis of the input: float32 [N, K]."""
+        f = self.format
+        rotated = dequantize_weight(
+            self.packed, self.scale, self.zero if f.zero_points else None, f.weight_bits, f.group
+        ).float()
+        # T is a diagonal and then an orthogonal R: w·R = c, so w = c·Rᵀ.
+        left = None if self.left is None else self.left.T.contiguous()
+        return ops.transform(rotated, hadamard=f.hadamard, left=left) / self.diagonal
 
 
 def round_weights(x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> RoundedWeights:
