@@ -41,7 +41,7 @@ def test_the_error_is_the_power_of_the_ranks_left_out(N, K) -> None:
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_no_other_weight_of_that_rank_is_better(N, K) -> None:
-    W, x, statistics = problem(N, K)
+    W, _, statistics = problem(N, K)
     best = statistics.norm(W - truncate(W, statistics, 5).weight())
     U, S, V = torch.linalg.svd(W, full_matrices=False)
     assert best < statistics.norm(W - (U[:, :5] * S[:5]) @ V[:5])
@@ -162,7 +162,7 @@ def test_inputs_that_are_all_zero_give_the_plain_svd() -> None:
 @pytest.mark.parametrize("rank", [0, -1, 33])
 def test_an_impossible_rank_is_refused_with_the_possible_ones(rank) -> None:
     W, _, statistics = problem(48, 32)
-    with pytest.raises(SaltireError, match=rf"rank = {rank}; a weight of 48 x 32 has ranks 1 to 32"):
+    with pytest.raises(SaltireError, match=rf"rank = {rank};.* 48 x 32 .*1 to 32"):
         truncate(W, statistics, rank)
 
 

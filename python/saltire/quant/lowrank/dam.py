@@ -42,7 +42,7 @@ def dam_diagonal(rms_z: Tensor, rms_up: Tensor) -> Tensor:
     log_d = torch.where(alive, ratio.clamp_min(1e-300).log() / 2, torch.zeros_like(ratio))
     if alive.any():
         log_d = torch.where(alive, log_d - log_d[alive].mean(), torch.zeros_like(log_d))
-    # Beyond a factor of e⁸ either side of the mean a rank carries nothing that f32 codes could show.
+    # Beyond e⁸ either side of the mean a rank carries nothing that f32 codes could show.
     return log_d.clamp(-8.0, 8.0).exp()
 
 
