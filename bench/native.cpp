@@ -26,7 +26,7 @@ int read_bytes(const void* from, int64_t bytes) {
 int vnni_loop(int64_t steps) {
 #if defined(__AVX512VNNI__)
   __m512i one = _mm512_set1_epi32(1);
-#define EACH(f) \
+#define EACH(f)                                                                               \
   f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11) f(12) f(13) f(14) f(15) f(16) \
       f(17) f(18) f(19) f(20) f(21) f(22) f(23)
 #define START(i) __m512i sum##i = one;

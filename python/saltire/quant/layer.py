@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 
 @dataclass(frozen=True)
 class RoundedWeights:
-    """Rounded weights of linears that share an input, stacked by outputs, and that input's transform.
+    """Rounded weights of linears that share an input, stacked by outputs, with its transform.
 
     packed: uint8 [N, K·c/8]; scale, zero: [N, K/G]; diagonal: float32 [K], by which weights were
     multiplied; left: float32 [A, A] or None.
