@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/cpu/team.h"
+
 namespace saltire {
 
 // Runs body(begin, end) over [0, count) on torch's threads, at least `grain` items a thread.
@@ -16,6 +18,24 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
 
 inline int64_t thread_count() {
   return static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// Runs lead(team) on this thread while torch's other threads help it.
+template <typename Lead>
+void lead_team(const Lead& lead) {
+  const int64_t threads = thread_count();
+  Team team(threads);
+  parallel_for(threads, 1, [&](int64_t begin, int64_t) {
+    if (begin != 0) {
+      team.help();
+      return;
+    }
+    struct Dismiss {
+      Team& team;
+      ~Dismiss() { team.dismiss(); }
+    } dismiss{team};
+    lead(team);
+  });
 }
 
 }  // namespace saltire

@@ -1,0 +1,118 @@
+// What a step works on: the weights of a model, a cache, the rows of a step, and scratch memory.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "decoder_layer/op.h"
+
+namespace saltire::decoder_layer {
+
+struct Layer {
+  const float* input_norm = nullptr;  // [D]
+  const float* post_norm = nullptr;   // [D]
+  const float* q_norm = nullptr;      // [head_dim] or null
+  const float* k_norm = nullptr;      // [head_dim] or null
+  Dense q, k, v, o, gate, up, down;
+  int64_t window = 0;  // slots that attention looks back, 0: all
+};
+
+struct Model {
+  int64_t hidden = 0, ffn = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
+  float eps = 0.0f;
+  Dense embedding;  // only its rows are read
+  Dense head;
+  const float* final_norm = nullptr;
+  std::vector<Layer> layers;
+
+  int64_t q_size() const { return heads * head_dim; }
+  int64_t kv_size() const { return kv_heads * head_dim; }
+};
+
+// [L, 2, B, kv_heads, T, head_dim]; see CacheHead for the inside of a head.
+struct Cache {
+  Format format = Format::f32;
+  int64_t sequences = 0;
+  int64_t slots = 0;  // T, a multiple of kSlotBlock
+  uint8_t* data = nullptr;
+  float* scales = nullptr;  // [L, 2, B, kv_heads, T], only i8
+
+  CacheHead head(const Model& model, int64_t layer, int64_t sequence, int64_t kv_head) const {
+    const int64_t heads = sequences * model.kv_heads;
+    const int64_t at = layer * 2 * heads + sequence * model.kv_heads + kv_head;
+    const int64_t bytes = slots * model.head_dim * format_bytes(format);
+    CacheHead out;
+    out.format = format;
+    out.head_dim = model.head_dim;
+    out.keys = data + at * bytes;
+    out.values = data + (at + heads) * bytes;
+    if (scales != nullptr) {
+      out.key_scale = scales + at * slots;
+      out.value_scale = scales + (at + heads) * slots;
+    }
+    return out;
+  }
+};
+
+constexpr int64_t kPrivate = -1;  // slot of a row whose key and value go nowhere
+
+// A row of a step, as it comes from Python: int64 [M, 6], rows of a sequence side by side.
+struct Row {
+  int64_t token;
+  int64_t sequence;
+  int64_t position;  // for the rotation and the window
+  int64_t slot;      // where its key and value go, or kPrivate
+  int64_t prefix;    // it sees slots [0, prefix), within the window,
+  uint64_t tree;     // and prefix + i where bit i is set
+};
+static_assert(sizeof(Row) == 6 * sizeof(int64_t), "rows are read straight from the tensor");
+
+constexpr uint8_t kAttention = 1;
+constexpr uint8_t kMlp = 2;
+
+struct StepArguments {
+  int64_t rows = 0;
+  const Row* row = nullptr;
+  const float* rotation = nullptr;  // [positions, 2, head_dim / 2]: cosines, sines
+  int64_t positions = 0;
+  const uint8_t* units = nullptr;   // [L] of kAttention | kMlp: what is kept
+  float* hidden = nullptr;          // [M, D]: state before and after in place of the embedding
+  float* trace = nullptr;           // [2L + 1, wanted, D]: the states between all units
+  const int64_t* wanted = nullptr;  // rows whose logits are wanted
+  int64_t wanted_rows = 0;
+  float* logits = nullptr;      // [wanted, V]
+  int64_t* best = nullptr;      // [wanted] first index of the largest logit
+  float* best_share = nullptr;  // [wanted] its probability
+  bool prefill = false;
+};
+
+// Aligned floats, kept between steps and never smaller than before.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > size_) {
+      const size_t bytes = static_cast<size_t>(round_up(count, 16)) * sizeof(float);
+      block_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (block_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return block_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> block_;
+  int64_t size_ = 0;
+};
+
+// Memory of a step; one for each open decoder.
+struct Workspace {
+  Floats state, normed, staged, q, k, v, attended, gate, up, projected, head_rows;
+  std::vector<Best> best;
+};
+
+}  // namespace saltire::decoder_layer

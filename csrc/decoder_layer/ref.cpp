@@ -1,0 +1,9 @@
+#include "decoder_layer/kernel.h"
+
+namespace saltire::decoder_layer {
+
+Kernels ref_kernels() {
+  return all_kernels();
+}
+
+}  // namespace saltire::decoder_layer

@@ -1,0 +1,248 @@
+"""A native decoder: a whole step of a language model in one compiled call, on a static cache."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saltire.errors import SaltireError
+from saltire.nn.kv_cache import KVCache
+from saltire.ops.decoder_layer import (
+    ATTENTION,
+    MLP,
+    PRIVATE,
+    decoder_close,
+    decoder_open,
+    decoder_step,
+)
+
+PREFILL_ROWS = 256  # rows of one pass over the weights; bounds the memory of a long prompt
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """hidden D, ffn, heads, kv_heads, head_dim, vocabulary V, positions (longest context)."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """weight: f32, bf16 or f16 [N, K]; bias: [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block: norms [D] (q_norm, k_norm [head_dim]), linears, slots it looks back (0: all)."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    linears: tuple[LinearWeights, ...]  # q, k, v, o, gate, up, down
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """logits: f32 [m, V] of the wanted rows. best: their first largest, int64 [m]. share: f32 [m],
+    the probability of best at temperature 1."""
+
+    logits: Tensor
+    best: Tensor
+    share: Tensor
+
+
+class Decoder:
+    """Llama, Mistral, Qwen2 or Qwen3 on Saltire's kernels; shares the weights it is made from.
+
+    A row's logits depend on its cache and on the way they are computed (``prefill`` or ``step``),
+    never on the other rows: verifying a draft gives exactly what decoding token by token gives.
+    One call at a time; ``saltire.models.decoder.build_decoder`` makes one from a model.
+    """
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        eps: float,
+        embedding: Tensor,
+        head: Tensor,
+        final_norm: Tensor,
+        layers: Sequence[LayerWeights],
+        rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        """rotation: positions [T] -> cosines and sines, f32 [T, head_dim / 2] each."""
+        self.sizes, self.layers = sizes, len(layers)
+        tensors = [embedding, head, final_norm.detach().float().contiguous()]
+        description: list[int] = []
+
+        def add(tensor: Tensor | None, plain: bool = True) -> None:
+            if tensor is None:
+                description.append(-1)
+                return
+            tensor = tensor.detach()
+            tensors.append(tensor.float().contiguous() if plain else tensor)
+            description.append(len(tensors) - 1)
+
+        for layer in layers:
+            description.append(layer.window)
+            for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
+                add(norm)
+            for linear in layer.linears:
+                add(linear.weight, plain=False)
+                add(linear.bias)
+        shape = (
+            sizes.hidden,
+            sizes.ffn,
+            sizes.heads,
+            sizes.kv_heads,
+            sizes.head_dim,
+            sizes.vocabulary,
+        )
+        detached = [tensor.detach() for tensor in tensors]
+        self._handle = decoder_open(detached, shape, description, eps)
+        weakref.finalize(self, decoder_close, self._handle)
+        self._rotation_of = rotation
+        self._rotation = torch.empty(0, 2, sizes.head_dim // 2)
+        self.all_units = torch.full((self.layers,), ATTENTION | MLP, dtype=torch.uint8)
+        unique = {t.data_ptr(): t.numel() * t.element_size() for t in detached}
+        self.weight_bytes = sum(unique.values())
+
+    def new_cache(self, sequences: int, slots: int, dtype: torch.dtype = torch.float32) -> KVCache:
+        """An empty cache for this decoder; SaltireError if the model has no such positions."""
+        sizes = self.sizes
+        if slots > sizes.positions:
+            raise SaltireError(
+                f"{slots} slots; the model has {sizes.positions} positions. Ask for fewer."
+            )
+        return KVCache(self.layers, sizes.kv_heads, sizes.head_dim, sequences, slots, dtype)
+
+    def prefill(
+        self, cache: KVCache, prompts: Sequence[Sequence[int]], trace: Tensor | None = None
+    ) -> StepResult:
+        """Append a prompt to each sequence and commit it; logits of each prompt's last token.
+
+        prompts: one for each sequence of the cache; an empty one leaves its sequence alone and has
+        no row in the result. trace: f32 [2L + 1, m, D], the states of those last tokens.
+        """
+        self._check(cache, prompts)
+        asking = [b for b, prompt in enumerate(prompts) if prompt]
+        if not asking:
+            raise SaltireError("every prompt is empty; expected at least one token.")
+        logits = torch.empty(len(asking), self.sizes.vocabulary)
+        best = torch.empty(len(asking), dtype=torch.int64)
+        share = torch.empty(len(asking))
+        for place, b in enumerate(asking):
+            # One sequence after another, in pieces at fixed places: its result does not depend on
+            # who else is there.
+            prompt, base = prompts[b], cache.lengths[b]
+            for start in range(0, len(prompt), PREFILL_ROWS):
+                piece = prompt[start : start + PREFILL_ROWS]
+                last = start + len(piece) == len(prompt)
+                part = None
+                if trace is not None and last:
+                    part = torch.empty(trace.shape[0], 1, trace.shape[2])
+                result = self.step_rows(
+                    cache,
+                    self.chain_rows(b, base + start, piece),
+                    wanted=[len(piece) - 1] if last else [],
+                    trace=part,
+                    prefill=True,
+                )
+                cache.lengths[b] = base + start + len(piece)
+            logits[place], best[place], share[place] = result.logits, result.best, result.share
+            if trace is not None and part is not None:
+                trace[:, place] = part[:, 0]
+        return StepResult(logits, best, share)
+
+    def step(
+        self,
+        cache: KVCache,
+        tokens: Sequence[Sequence[int]],
+        units: Tensor | None = None,
+        trace: Tensor | None = None,
+        commit: bool = True,
+    ) -> StepResult:
+        """Append some tokens to each sequence; logits of every one of them, sequence by sequence.
+
+        units: uint8 [L], which units run (``all_units``). commit: count the tokens as the cache's.
+        """
+        self._check(cache, tokens)
+        rows = [
+            row
+            for b, sequence in enumerate(tokens)
+            for row in self.chain_rows(b, cache.lengths[b], sequence)
+        ]
+        result = self.step_rows(cache, rows, range(len(rows)), units, trace)
+        if commit:
+            for b, sequence in enumerate(tokens):
+                cache.lengths[b] += len(sequence)
+        return result
+
+    def step_rows(
+        self,
+        cache: KVCache,
+        rows: Sequence[Sequence[int]] | Tensor,
+        wanted: Sequence[int] | Tensor,
+        units: Tensor | None = None,
+        trace: Tensor | None = None,
+        hidden: Tensor | None = None,
+        prefill: bool = False,
+    ) -> StepResult:
+        """``decoder_step`` with this decoder's weights; see it for the columns of a row."""
+        m = len(wanted)
+        logits = torch.empty(m, self.sizes.vocabulary)
+        kv, scales = cache.state()
+        best, share = decoder_step(
+            self._handle,
+            kv,
+            scales,
+            self._rotation_for(cache.slots),
+            torch.as_tensor(rows, dtype=torch.int64),
+            self.all_units if units is None else units,
+            torch.as_tensor(wanted, dtype=torch.int64),
+            logits,
+            hidden,
+            trace,
+            prefill=prefill,
+        )
+        return StepResult(logits, best, share)
+
+    @staticmethod
+    def chain_rows(sequence: int, base: int, tokens: Sequence[int]) -> list[list[int]]:
+        """Rows of tokens that follow one another in a sequence from slot ``base`` on."""
+        return [
+            [token, sequence, slot, slot, slot + 1, 0]
+            for slot, token in enumerate(tokens, start=base)
+        ]
+
+    @staticmethod
+    def private_rows(sequence: int, position: int, count: int) -> list[list[int]]:
+        """Rows at one position that see what is before it and themselves, and leave no trace."""
+        return [[0, sequence, position, PRIVATE, position, 0]] * count
+
+    def _rotation_for(self, positions: int) -> Tensor:
+        if positions > self._rotation.shape[0]:
+            cosines, sines = self._rotation_of(torch.arange(positions))
+            self._rotation = torch.stack([cosines, sines], dim=1).float().contiguous()
+        return self._rotation
+
+    def _check(self, cache: KVCache, tokens: Sequence[Sequence[int]]) -> None:
+        if len(tokens) != cache.sequences:
+            raise SaltireError(
+                f"{len(tokens)} lists of tokens; the cache has {cache.sequences} sequences."
+            )
+        cache.check_room([len(sequence) for sequence in tokens])

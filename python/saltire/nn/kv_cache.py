@@ -1,0 +1,90 @@
+"""The keys and values of a decoder: one static buffer with one committed length a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saltire.errors import SaltireError
+from saltire.ops.decoder_layer import SLOT_BLOCK
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+class KVCache:
+    """A static buffer for B sequences of up to T slots; slot = position.
+
+    Slots below ``lengths[b]`` are committed. What lies behind is of no account: drafts write there,
+    verification overwrites it, and a rollback only sets the length. Nothing is ever copied.
+
+    kv: [L, 2, B, kv_heads, T, head_dim] in float32, bfloat16 or int8 (then with ``scales``, one a
+    slot of a head).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        sequences: int,
+        slots: int,
+        dtype: torch.dtype,
+    ) -> None:
+        if dtype not in CACHE_DTYPES:
+            raise SaltireError(f"a cache of {dtype}; expected one of {list(CACHE_DTYPES)}.")
+        if sequences < 1 or slots < 1:
+            raise SaltireError(
+                f"a cache of {sequences} sequences with {slots} slots; expected at least 1 of each."
+            )
+        slots = (slots + SLOT_BLOCK - 1) // SLOT_BLOCK * SLOT_BLOCK
+        shape = (layers, 2, sequences, kv_heads, slots, head_dim)
+        # Zeros, not whatever was there: a NaN behind the committed length would not stay there.
+        self.kv = torch.zeros(shape, dtype=dtype)
+        self.scales = torch.zeros(shape[:-1]) if dtype == torch.int8 else None
+        self.lengths = [0] * sequences
+
+    @property
+    def sequences(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def slots(self) -> int:
+        return self.kv.shape[4]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys, values and their scales."""
+        scales = 0 if self.scales is None else self.scales.numel() * 4
+        return self.kv.numel() * self.kv.element_size() + scales
+
+    def check_room(self, new: Sequence[int]) -> None:
+        """Raise SaltireError unless sequence b has room for ``new[b]`` more tokens."""
+        for b, count in enumerate(new):
+            if self.lengths[b] + count > self.slots:
+                raise SaltireError(
+                    f"sequence {b} has {self.lengths[b]} tokens and {count} more are coming; the "
+                    f"cache holds {self.slots}. Make a longer cache or shorten the prompt."
+                )
+
+    def roll_back(self, sequence: int, length: int) -> None:
+        """Forget all but the first ``length`` tokens of a sequence."""
+        if not 0 <= length <= self.lengths[sequence]:
+            raise SaltireError(
+                f"sequence {sequence} has {self.lengths[sequence]} tokens; it cannot be rolled "
+                f"back to {length}."
+            )
+        self.lengths[sequence] = length
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Let sequence b go on from what sequence ``sequences[b]`` holds."""
+        index = torch.tensor(list(sequences))
+        self.kv = self.kv.index_select(2, index)
+        if self.scales is not None:
+            self.scales = self.scales.index_select(2, index)
+        self.lengths = [self.lengths[b] for b in sequences]
+
+    def state(self) -> tuple[Tensor, Tensor | None]:
+        """The buffers for ``decoder_step``."""
+        return self.kv, self.scales

@@ -1,0 +1,119 @@
+"""One step of a decoder over all its kept layers, in one call (room ``csrc/decoder_layer``).
+
+``saltire.nn.Decoder`` is what to use; these are its bare ops. ``saltire.reference.decoder_layer``
+is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saltire.errors import SaltireError
+from saltire.ops import library  # noqa: F401  (loads the compiled ops)
+
+ROW_COLUMNS = ("token", "sequence", "position", "slot", "prefix", "tree")
+PRIVATE = -1  # slot of a row whose key and value go nowhere
+ATTENTION, MLP = 1, 2  # the units of a layer
+SLOT_BLOCK = 16  # a cache has a multiple of so many slots
+HEAD_DIM_MULTIPLE = 16
+MAX_HEAD_DIM = 256
+
+
+def decoder_open(
+    tensors: Sequence[Tensor], sizes: Sequence[int], layers: Sequence[int], eps: float
+) -> Tensor:
+    """Open a decoder on tensors that already exist; nothing is copied.
+
+    tensors: embedding [V, D], head [V, D] (both f32, bf16 or f16), final norm f32 [D], then any
+    others. sizes: hidden, ffn, heads, kv_heads, head_dim, vocabulary. layers: 19 values a layer:
+    window (0: none); indexes into tensors of input_norm, post_norm, q_norm, k_norm (-1: none); then
+    weight and bias of q, k, v, o, gate, up, down. Norms and biases are f32.
+    Returns the handle, int64 [1]; the tensors live until ``decoder_close``. Raises SaltireError.
+    """
+    try:
+        return torch.ops.saltire.decoder_open(list(tensors), list(sizes), list(layers), eps)
+    except RuntimeError as error:
+        raise SaltireError(str(error)) from None
+
+
+def decoder_close(handle: Tensor) -> None:
+    """Let go of an open decoder's tensors."""
+    torch.ops.saltire.decoder_close(handle)
+
+
+def decoder_step(
+    handle: Tensor,
+    kv: Tensor,
+    scales: Tensor | None,
+    rotation: Tensor,
+    rows: Tensor,
+    units: Tensor,
+    wanted: Tensor,
+    logits: Tensor,
+    hidden: Tensor | None = None,
+    trace: Tensor | None = None,
+    *,
+    prefill: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run M rows through the kept units; write their keys and values to the cache.
+
+    kv: f32, bf16 or int8 [L, 2, B, kv_heads, T, head_dim], written in place; keys are transposed in
+    blocks of 16 slots. scales: f32 [L, 2, B, kv_heads, T] for int8. rotation: f32
+    [positions, 2, head_dim / 2], cosines then sines. rows: int64 [M, 6], the columns ROW_COLUMNS:
+    a row sees slots [0, prefix) within its layer's window, and prefix + i where bit i of tree is
+    set; slot PRIVATE: it also sees itself, and nothing is written. Rows of a sequence stand side by
+    side. units: uint8 [L], ATTENTION | MLP. wanted: int64 [m], the rows whose logits are wanted.
+    logits: f32 [m, V], written. hidden: f32 [M, D], the state in place of the embedding; holds the
+    state after the last unit. trace: f32 [2L + 1, m, D], the wanted rows' states before, between
+    and after all units. prefill: choose the products for many rows; changes the order of sums.
+
+    Returns best int64 [m], the first index of the largest logit, and its probability f32 [m].
+    """
+    try:
+        return torch.ops.saltire.decoder_step(
+            handle,
+            kv,
+            scales,
+            rotation,
+            rows,
+            units,
+            wanted,
+            logits,
+            hidden,
+            trace,
+            prefill=prefill,
+        )
+    except RuntimeError as error:
+        raise SaltireError(str(error)) from None
+
+
+@torch.library.register_fake("saltire::decoder_step")
+def _(
+    handle: Tensor,
+    kv: Tensor,
+    scales: Tensor | None,
+    rotation: Tensor,
+    rows: Tensor,
+    units: Tensor,
+    wanted: Tensor,
+    logits: Tensor,
+    hidden: Tensor | None,
+    trace: Tensor | None,
+    *,
+    prefill: bool,
+) -> tuple[Tensor, Tensor]:
+    m = logits.shape[0]
+    return logits.new_empty((m,), dtype=torch.int64), logits.new_empty((m,))
+
+
+@torch.library.register_fake("saltire::decoder_open")
+def _(tensors: list[Tensor], sizes: list[int], layers: list[int], eps: float) -> Tensor:
+    return tensors[0].new_empty((1,), dtype=torch.int64)
+
+
+@torch.library.register_fake("saltire::decoder_close")
+def _(handle: Tensor) -> None:
+    return None
