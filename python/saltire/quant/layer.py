@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from saltire import ops
 from saltire.errors import SaltireError
-from saltire.models.hf_quantizer import replace_linear
 from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant.gptq import Curvature, choose_grid, gptq
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms import input_diagonal, rotation
+from saltire.reference.lowbit_gemm import dequantize_weight
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 MOMENT_CHUNK = 2048  # tokens whose codes are held as floats at once
 ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 
 
-def quantize_group(
-    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe
-) -> dict[str, QuantLinear]:
-    """Quantise linears of ``parent`` that share the input x, and put them in place.
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Rounded weights of linears that share an input, stacked by outputs, with its transform.
 
-    x: float32 [tokens, K], what enters them in the model quantised so far. They get one transform
-    (its diagonal balances x against all of them), one clip ratio, and grids of their own. Returns
-    name -> new layer. Raises SaltireError for activations or weights that are not finite.
+    packed: uint8 [N, K·c/8]; scale, zero: [N, K/G]; diagonal: float32 [K], by which weights were
+    multiplied; left: float32 [A, A] or None.
     """
-    where = " / ".join(names)
-    if not torch.isfinite(x).all():
-        raise SaltireError(
-            f"{where}: the calibration activations hold NaN or infinity. "
-            "Check the model and the calibration text."
-        )
-    linears = {name: _linear(parent, name) for name in names}
-    weight = torch.cat([linear.weight.detach().float() for linear in linears.values()])
+
+    format: LinearFormat
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    diagonal: Tensor
+    left: Tensor | None
+
+    def layer(self, start: int, stop: int, bias: Tensor | None = None) -> QuantLinear:
+        """The quantised linear of outputs [start, stop)."""
+        K = self.diagonal.shape[0]
+        new = QuantLinear(K, stop - start, self.format, bias=bias is not None)
+        new.weight_packed = self.packed[start:stop].clone()
+        new.weight_scale = self.scale[start:stop].clone()
+        new.weight_zero = self.zero[start:stop].clone() if self.format.zero_points else None
+        new.diag = 1.0 / self.diagonal if self.format.diag else None
+        new.left = None if self.left is None else self.left.clone()
+        new.bias = None if bias is None else bias.detach().float()
+        return new
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, back in the basis of the input: float32 [N, K]."""
+        f = self.format
+        rotated = dequantize_weight(
+            self.packed, self.scale, self.zero if f.zero_points else None, f.weight_bits, f.group
+        ).float()
+        # T is a diagonal and then an orthogonal R: w·R = c, so w = c·Rᵀ.
+        left = None if self.left is None else self.left.T.contiguous()
+        return ops.transform(rotated, hadamard=f.hadamard, left=left) / self.diagonal
+
+
+def round_weights(x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> RoundedWeights:
+    """Round weights that share the input x: diagonal, rotation, clip, grid, GPTQ.
+
+    x: float32 [tokens, K]. weight: float32 [N, K], the weights of all the linears, stacked; they
+    get one transform (its diagonal balances x against all of them) and one clip ratio. where: names
+    them in errors. Raises SaltireError for activations that are not finite.
+    """
+    check_activations(x, where)
     K = x.shape[1]
     hadamard, left64 = rotation(K, recipe)
     left = None if left64 is None else left64.float()
@@ -48,31 +77,54 @@ def quantize_group(
     rotated = ops.transform(x, diag=1.0 / D, hadamard=hadamard, left=left)
     format = replace(format, clip=best_clip(rotated, format))
     curvature = Curvature.of(second_moment(rotated, format))
-    codes, scale, zero = [], [], []
+    dtype = SCALE_DTYPES[format.scale_dtype]
+    packed, scale, zero = [], [], []
     for rows in weight.split(ROWS_AT_ONCE):
         w = ops.transform(rows, diag=D, hadamard=hadamard, left=left)
-        dtype = SCALE_DTYPES[format.scale_dtype]
         grid = choose_grid(
             w, curvature.power, format.weight_bits, format.group, format.zero_points, dtype
         )
-        codes.append(ops.pack_weight(gptq(w, curvature, grid, format.group), format.weight_bits))
+        packed.append(ops.pack_weight(gptq(w, curvature, grid, format.group), format.weight_bits))
         scale.append(grid.scale.to(dtype))
         zero.append(grid.zero.to(dtype))
+    return RoundedWeights(format, torch.cat(packed), torch.cat(scale), torch.cat(zero), D, left)
 
-    sizes = [linear.out_features for linear in linears.values()]
-    parts = zip(
-        names, *(torch.cat(rows).split(sizes) for rows in (codes, scale, zero)), strict=True
-    )
-    made = {}
-    for name, name_codes, name_scale, name_zero in parts:
-        bias = linears[name].bias
-        new = made[name] = replace_linear(parent, name, format)
-        new.weight_packed, new.weight_scale = name_codes.clone(), name_scale.clone()
-        new.weight_zero = name_zero.clone() if format.zero_points else None
-        new.diag = 1.0 / D if format.diag else None
-        new.left = None if left is None else left.clone()
-        new.bias = None if bias is None else bias.detach().float()
+
+def quantize_group(
+    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe
+) -> dict[str, QuantLinear]:
+    """Quantise linears of ``parent`` that share the input x, and put them in place.
+
+    x: float32 [tokens, K], what enters them in the model quantised so far. Returns name -> new
+    layer. Raises SaltireError for activations or weights that are not finite.
+    """
+    where = " / ".join(names)
+    check_activations(x, where)
+    linears = [finite_linear(parent, name) for name in names]
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
+    rounded = round_weights(x, weight, recipe, where)
+    made, start = {}, 0
+    for name, linear in zip(names, linears, strict=True):
+        stop = start + linear.out_features
+        made[name] = rounded.layer(start, stop, linear.bias)
+        put(parent, name, made[name])
+        start = stop
     return made
+
+
+def put(parent: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one called ``name``."""
+    path, _, child = name.rpartition(".")
+    setattr(parent.get_submodule(path), child, new)
+
+
+def check_activations(x: Tensor, where: str) -> None:
+    """Raise SaltireError unless all of x is finite."""
+    if not torch.isfinite(x).all():
+        raise SaltireError(
+            f"{where}: the calibration activations hold NaN or infinity. "
+            "Check the model and the calibration text."
+        )
 
 
 def best_clip(rotated: Tensor, format: LinearFormat) -> float:
@@ -97,7 +149,8 @@ def second_moment(rotated: Tensor, format: LinearFormat) -> Tensor:
     return H
 
 
-def _linear(parent: nn.Module, name: str) -> nn.Linear:
+def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
+    """The linear called ``name``; SaltireError if it is none, or if its weight is not finite."""
     linear = parent.get_submodule(name)
     if not isinstance(linear, nn.Linear):
         raise SaltireError(f"{name} is a {type(linear).__name__}; expected a linear layer.")

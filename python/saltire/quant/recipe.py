@@ -53,6 +53,11 @@ class Recipe:
             clip=clip,
         )
 
+    def between_factors(self) -> Recipe:
+        """How the second of two factors is quantised: what would balance and rotate its inputs, the
+        ranks, is folded into both factors, so nothing is left to do when it runs."""
+        return replace(self, diagonal=False, rotation="none")
+
     def head_recipe(self, inputs: int) -> Recipe:
         """How a head of so many inputs is quantised: gently, as its noise goes to the logits."""
         group = 64 if inputs % 64 == 0 else 0
