@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from saltire.errors import SaltireError
+from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.quant_linear import QuantLinear, SharedInput
 
 if TYPE_CHECKING:  # see hf_quantizer.py
@@ -74,7 +75,9 @@ def share_inputs(model: PreTrainedModel) -> None:
     adapter = adapter_for(model.config)
     for block in adapter.blocks(model):
         for group in adapter.groups:
-            members = [m for m in map(block.get_submodule, group) if isinstance(m, QuantLinear)]
+            modules = map(block.get_submodule, group)
+            inputs = [m.down if isinstance(m, FactoredQuantLinear) else m for m in modules]
+            members = [m for m in inputs if isinstance(m, QuantLinear)]
             shared = SharedInput() if _same_transform(members) else None
             for member in members:
                 member.shared_input = shared

@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for, share_inputs
-from saltire.nn.linear_format import LinearFormat
+from saltire.nn.factored_linear import FactoredQuantLinear
+from saltire.nn.linear_format import AnyFormat, FactoredFormat, read_format
 from saltire.nn.quant_linear import QuantLinear
 
 if TYPE_CHECKING:  # this module may be imported while transformers itself is being imported
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 class SaltireConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint: which layers are quantised, and how.
 
-    layers: full module name -> fields of LinearFormat. recipe: the name it was made with, for
+    layers: full module name -> fields of LinearFormat or FactoredFormat. recipe: the name it was made with, for
     people. rest_dtype: dtype in which the tensors that are not quantised are stored.
     """
 
@@ -54,9 +55,9 @@ class SaltireConfig(QuantizationConfigMixin):
         self.rest_dtype = rest_dtype
         self.layers = {name: dict(values) for name, values in (layers or {}).items()}
 
-    def formats(self) -> dict[str, LinearFormat]:
+    def formats(self) -> dict[str, AnyFormat]:
         """Full module name -> its format."""
-        return {name: LinearFormat.from_dict(values) for name, values in self.layers.items()}
+        return {name: read_format(values) for name, values in self.layers.items()}
 
 
 @register_quantizer(METHOD)
@@ -99,16 +100,21 @@ class SaltireHfQuantizer(HfQuantizer):
         return False
 
 
-def replace_linear(model: torch.nn.Module, name: str, format: LinearFormat) -> QuantLinear:
-    """Put an empty QuantLinear in place of the linear ``name``, on the same device."""
+def replace_linear(
+    model: torch.nn.Module, name: str, format: AnyFormat
+) -> QuantLinear | FactoredQuantLinear:
+    """Put an empty quantised layer in place of the linear ``name``, on the same device."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     linear = parent.get_submodule(child)
     if not isinstance(linear, torch.nn.Linear):
         raise SaltireError(f"{name} is a {type(linear).__name__}; expected a linear layer.")
+    K, N, bias = linear.in_features, linear.out_features, linear.bias is not None
+    new: QuantLinear | FactoredQuantLinear
     with torch.device(linear.weight.device):
-        new = QuantLinear(
-            linear.in_features, linear.out_features, format, bias=linear.bias is not None
-        )
+        if isinstance(format, FactoredFormat):
+            new = FactoredQuantLinear(K, N, format, bias=bias)
+        else:
+            new = QuantLinear(K, N, format, bias=bias)
     setattr(parent, child, new)
     return new

@@ -13,6 +13,7 @@ from saltire.errors import SaltireError
 WEIGHT_BITS = (2, 3, 4)
 ACTIVATION_BITS = (3, 4, 8)
 GROUPS = (0, 32, 64, 128)
+RANK_BITS = (4, 8, 16, 32)
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -26,6 +27,7 @@ class LinearFormat:
     hadamard: block size of the Hadamard rotation, 1 for none. left, right: sizes of the dense
     rotation factors, 0 for none (``saltire.ops.transform_quantize`` defines both). clip: share of
     a token's largest magnitude that the activation grid covers. rank: of the low-rank branch.
+    rank_bits: of the branch's stored factors; 4 and 8 are integers with a scale a row.
     """
 
     weight_bits: int = 4
@@ -39,11 +41,13 @@ class LinearFormat:
     right: int = 0
     clip: float = 1.0
     rank: int = 0
+    rank_bits: int = 32
 
     def __post_init__(self) -> None:
         _require("weight_bits", self.weight_bits, WEIGHT_BITS)
         _require("act_bits", self.act_bits, ACTIVATION_BITS)
         _require("group", self.group, GROUPS)
+        _require("rank_bits", self.rank_bits, RANK_BITS)
         _require("scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
         if self.hadamard < 1 or self.hadamard & (self.hadamard - 1):
             raise SaltireError(f"hadamard = {self.hadamard}; expected a power of two (1 for none).")
@@ -51,6 +55,8 @@ class LinearFormat:
             raise SaltireError(f"clip = {self.clip}; expected a ratio in (0, 1].")
         if min(self.left, self.right, self.rank) < 0:
             raise SaltireError("left, right and rank must not be negative; 0 means none.")
+        if self.rank_bits == 4 and self.rank % 2:
+            raise SaltireError(f"rank = {self.rank}; 4-bit factors need an even one.")
 
     def check_fits(self, name: str, in_features: int) -> None:
         """Raise SaltireError unless a layer with ``in_features`` inputs can have this format."""
@@ -92,6 +98,44 @@ class LinearFormat:
                 f"{sorted(known)}. Upgrade saltire to read it."
             )
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class FactoredFormat:
+    """The format of a linear layer of two factors: ``down`` to ``rank`` values, ``up`` from them."""
+
+    rank: int
+    down: LinearFormat
+    up: LinearFormat
+
+    def check_fits(self, name: str, in_features: int) -> None:
+        """Raise SaltireError unless a layer with ``in_features`` inputs can have this format."""
+        self.down.check_fits(f"{name}.down", in_features)
+        self.up.check_fits(f"{name}.up", self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every field."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FactoredFormat:
+        """The inverse of ``to_dict``; an unknown field is refused by name."""
+        unknown = sorted(set(values) - {"rank", "down", "up"})
+        if unknown or len(values) != 3 or not isinstance(values.get("rank"), int):
+            raise SaltireError(
+                f"the format of a factored layer has the fields {sorted(values)}; expected rank, "
+                "down and up. The checkpoint is damaged, or newer than this saltire."
+            )
+        down, up = (LinearFormat.from_dict(values[part]) for part in ("down", "up"))
+        return cls(values["rank"], down, up)
+
+
+AnyFormat = LinearFormat | FactoredFormat
+
+
+def read_format(values: Mapping[str, Any]) -> AnyFormat:
+    """The format that plain JSON values stand for."""
+    return (FactoredFormat if "down" in values else LinearFormat).from_dict(values)
 
 
 def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:

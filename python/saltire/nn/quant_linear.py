@@ -51,6 +51,10 @@ class QuantLinear(nn.Module):
     gives the checkpoint layout. Buffers: weight_packed uint8 [N, K·c/8]; weight_scale [N, K/G];
     weight_zero the same, if the format has zero points; diag float32 [K]; left [A, A]; right
     [B, B]; low_rank_in float32 [K, R]; low_rank_out float32 [R, N]; bias float32 [N].
+
+    With ``format.rank_bits`` under 32 the branch is stored as ``branch_in`` [R, K·b/8], in the basis
+    of T(x), and ``branch_out`` [N, R·b/8], float16 or codes with a scale a row (``branch_in_scale``,
+    ``branch_out_scale``); low_rank_in and low_rank_out are then decoded from them by ``prepare``.
     """
 
     weight_packed: Tensor
@@ -62,6 +66,10 @@ class QuantLinear(nn.Module):
     low_rank_in: Tensor | None
     low_rank_out: Tensor | None
     bias: Tensor | None
+    branch_in: Tensor | None
+    branch_out: Tensor | None
+    branch_in_scale: Tensor | None
+    branch_out_scale: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, format: LinearFormat, bias: bool = False
@@ -69,7 +77,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         format.check_fits("QuantLinear", in_features)
         self.in_features, self.out_features, self.format = in_features, out_features, format
-        K, N, R = in_features, out_features, format.rank
+        K, N = in_features, out_features
         groups = K // (format.group or K)
         scale_dtype = SCALE_DTYPES[format.scale_dtype]
         f32 = torch.float32
@@ -80,13 +88,14 @@ class QuantLinear(nn.Module):
             "diag": ((K,), f32) if format.diag else None,
             "left": ((format.left, format.left), f32) if format.left else None,
             "right": ((format.right, format.right), f32) if format.right else None,
-            "low_rank_in": ((K, R), f32) if R else None,
-            "low_rank_out": ((R, N), f32) if R else None,
             "bias": ((N,), f32) if bias else None,
+            **_branch_shapes(K, N, format),
         }
+        decoded = format.rank_bits < 32  # then these are not stored
         for name, shape in shapes.items():
             buffer = None if shape is None else torch.zeros(shape[0], dtype=shape[1])
-            self.register_buffer(name, buffer)
+            persistent = not (decoded and name in ("low_rank_in", "low_rank_out"))
+            self.register_buffer(name, buffer, persistent=persistent)
         self.shared_input: SharedInput | None = None
         self._prepacked: Tensor | None = None  # the CPU layout; weight_packed and scales are empty
 
@@ -105,29 +114,34 @@ class QuantLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        format = self.format
+        y = self.multiply(self.quantized(x), x.dtype, x)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def quantized(self, x: Tensor) -> Quantized:
+        """``quantize_input``, or what another layer that shares the input made of it."""
         if self.shared_input is None:
-            codes, scale, sums = self.quantize_input(x)
-        else:
-            codes, scale, sums = self.shared_input.get(x, self.quantize_input)
+            return self.quantize_input(x)
+        return self.shared_input.get(x, self.quantize_input)
+
+    def multiply(self, tokens: Quantized, out_dtype: torch.dtype, x: Tensor) -> Tensor:
+        """The layer's product from quantised tokens, out_dtype [M, N]; the branch, if there is one,
+        reads x itself."""
+        weight = self.prepare()
         low_rank_x = None
         if self.low_rank_in is not None:
             low_rank_x = x.reshape(-1, self.in_features).float() @ self.low_rank_in
-        y = ops.lowbit_gemm(
-            codes,
-            scale,
-            sums,
-            self.prepare(),
+        return ops.lowbit_gemm(
+            *tokens,
+            weight,
             self.out_features,
-            format.weight_bits,
-            format.group,
-            act_bits=format.act_bits,
-            out_dtype=x.dtype,
+            self.format.weight_bits,
+            self.format.group,
+            act_bits=self.format.act_bits,
+            out_dtype=out_dtype,
             bias=self.bias,
             low_rank_x=low_rank_x,
             low_rank_w=self.low_rank_out,
         )
-        return y.view(*x.shape[:-1], self.out_features)
 
     def prepare(self) -> Tensor:
         """Lay the weights out for this device's kernels, once; returns that layout."""
@@ -143,7 +157,22 @@ class QuantLinear(nn.Module):
                 buffer = getattr(self, name)
                 if buffer is not None:
                     setattr(self, name, buffer.new_empty(0))
+        if self.branch_in is not None and self.low_rank_in is None:
+            self._decode_branch()
         return self._prepacked
+
+    def _decode_branch(self) -> None:
+        """Take the stored factors to float32, the first back into the basis of x."""
+        assert self.branch_in is not None
+        assert self.branch_out is not None
+        bits, f = self.format.rank_bits, self.format
+        # T(x) = (x ∘ d)·O with O orthogonal, so T(x)·Lᵀ = x·(d ∘ (L·Oᵀ))ᵀ.
+        left, right = (None if m is None else m.T.contiguous() for m in (self.left, self.right))
+        down = decode_rows(self.branch_in, self.branch_in_scale, bits)
+        down = ops.transform(down, hadamard=f.hadamard, left=left, right=right)
+        down = down if self.diag is None else down * self.diag
+        self.low_rank_in = down.T.contiguous()
+        self.low_rank_out = decode_rows(self.branch_out, self.branch_out_scale, bits).T.contiguous()
 
     def checkpoint_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The packed codes, scales and zero points in the checkpoint layout."""
@@ -183,6 +212,8 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._release()
+        if self.branch_in is not None:
+            self.low_rank_in = self.low_rank_out = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -200,3 +231,51 @@ class QuantLinear(nn.Module):
         f = self.format
         group = f", group={f.group}" if f.group else ""
         return f"{self.in_features}, {self.out_features}, W{f.weight_bits}A{f.act_bits}{group}"
+
+
+def encode_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Store float32 [rows, n] in 16, 8 or 4 bits; the latter two with one scale a row, float32.
+
+    Rounds to nearest, on symmetric codes -Q..Q, Q = 2**(bits-1) - 1. 4 bits: uint8 [rows, n/2], each
+    code + 8, the first of two in the low half.
+    """
+    if bits == 16:
+        return weight.half(), None
+    Q = 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(1) / Q
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return encode_codes((weight / scale[:, None]).round().clamp(-Q, Q), bits), scale
+
+
+def encode_codes(codes: Tensor, bits: int) -> Tensor:
+    """Integers [rows, n] in -Q - 1..Q, stored in 8 or 4 bits."""
+    if bits == 8:
+        return codes.to(torch.int8)
+    return ops.pack_weight((codes + 8).to(torch.uint8), 4)
+
+
+def decode_rows(stored: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """The inverse of ``encode_rows``: float32 [rows, n]."""
+    if bits == 16 or scale is None:
+        return stored.float()
+    codes = ops.unpack_weight(stored, 4).float() - 8 if bits == 4 else stored.float()
+    return codes * scale[:, None]
+
+
+def _branch_shapes(
+    K: int, N: int, format: LinearFormat
+) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    R, bits = format.rank, format.rank_bits
+    f32 = torch.float32
+    plain = R > 0 and bits == 32
+    dtype = {4: torch.uint8, 8: torch.int8}.get(bits, torch.float16)
+    stored, scaled = R > 0 and bits < 32, R > 0 and bits < 16
+    per = 2 if bits == 4 else 1  # codes of a byte
+    return {
+        "low_rank_in": ((K, R), f32) if plain else None,
+        "low_rank_out": ((R, N), f32) if plain else None,
+        "branch_in": ((R, K // per), dtype) if stored else None,
+        "branch_out": ((N, R // per), dtype) if stored else None,
+        "branch_in_scale": ((R,), f32) if scaled else None,
+        "branch_out_scale": ((N,), f32) if scaled else None,
+    }
