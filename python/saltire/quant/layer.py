@@ -22,41 +22,97 @@ ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 
 
 @dataclass(frozen=True)
-class RoundedWeights:
-    """Rounded weights of linears that share an input, stacked by outputs, with its transform.
+class InputRounding:
+    """How an input is transformed and rounded: all that its weights' rounding needs to know of it.
 
-    packed: uint8 [N, K·c/8]; scale, zero: [N, K/G]; diagonal: float32 [K], by which weights were
-    multiplied; left: float32 [A, A] or None.
+    diagonal: float32 [K], by which weights are multiplied and the input is divided; left: float32
+    [A, A] or None; curvature: of the rounded input.
     """
 
     format: LinearFormat
+    diagonal: Tensor
+    left: Tensor | None
+    curvature: Curvature
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> InputRounding:
+        """For x, float32 [tokens, K], and the weights that it meets, float32 [N, K]."""
+        check_activations(x, where)
+        K = x.shape[1]
+        hadamard, left64 = rotation(K, recipe)
+        left = None if left64 is None else left64.float()
+        D = _diagonal(x, weight) if recipe.diagonal else torch.ones(K)
+        format = recipe.format(hadamard, 0 if left is None else left.shape[0])
+        format.check_fits(where, K)
+        rotated = ops.transform(x, diag=1.0 / D, hadamard=hadamard, left=left)
+        format = replace(format, clip=best_clip(rotated, format))
+        return cls(format, D, left, Curvature.of(second_moment(rotated, format)))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The transformed input before it is rounded: float32 [tokens, K]."""
+        f = self.format
+        return ops.transform(x, diag=1.0 / self.diagonal, hadamard=f.hadamard, left=self.left)
+
+    def weights(self, weight: Tensor) -> Tensor:
+        """Weights float32 [N, K] in the basis of the transformed input."""
+        f = self.format
+        return ops.transform(weight, diag=self.diagonal, hadamard=f.hadamard, left=self.left)
+
+    def back(self, weight: Tensor) -> Tensor:
+        """The inverse of ``weights``."""
+        # The transform is a diagonal D and then an orthogonal R: w·D·R = c, so w = c·Rᵀ·D⁻¹.
+        left = None if self.left is None else self.left.T.contiguous()
+        return ops.transform(weight, hadamard=self.format.hadamard, left=left) / self.diagonal
+
+    def round(self, weight: Tensor) -> RoundedWeights:
+        """Round weights float32 [N, K]: a grid for each output or group, then GPTQ."""
+        f, dtype = self.format, SCALE_DTYPES[self.format.scale_dtype]
+        packed, scale, zero = [], [], []
+        for rows in weight.split(ROWS_AT_ONCE):
+            w = self.weights(rows)
+            grid = choose_grid(
+                w, self.curvature.power, f.weight_bits, f.group, f.zero_points, dtype
+            )
+            packed.append(ops.pack_weight(gptq(w, self.curvature, grid, f.group), f.weight_bits))
+            scale.append(grid.scale.to(dtype))
+            zero.append(grid.zero.to(dtype))
+        return RoundedWeights(self, torch.cat(packed), torch.cat(scale), torch.cat(zero))
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Rounded weights of linears that share an input, stacked by outputs.
+
+    packed: uint8 [N, K·c/8]; scale, zero: [N, K/G].
+    """
+
+    input: InputRounding
     packed: Tensor
     scale: Tensor
     zero: Tensor
-    diagonal: Tensor
-    left: Tensor | None
+
+    @property
+    def format(self) -> LinearFormat:
+        return self.input.format
 
     def layer(self, start: int, stop: int, bias: Tensor | None = None) -> QuantLinear:
         """The quantised linear of outputs [start, stop)."""
-        K = self.diagonal.shape[0]
-        new = QuantLinear(K, stop - start, self.format, bias=bias is not None)
+        diagonal, left = self.input.diagonal, self.input.left
+        new = QuantLinear(diagonal.shape[0], stop - start, self.format, bias=bias is not None)
         new.weight_packed = self.packed[start:stop].clone()
         new.weight_scale = self.scale[start:stop].clone()
         new.weight_zero = self.zero[start:stop].clone() if self.format.zero_points else None
-        new.diag = 1.0 / self.diagonal if self.format.diag else None
-        new.left = None if self.left is None else self.left.clone()
+        new.diag = 1.0 / diagonal if self.format.diag else None
+        new.left = None if left is None else left.clone()
         new.bias = None if bias is None else bias.detach().float()
         return new
 
     def weight(self) -> Tensor:
         """What the codes stand for, back in the basis of the input: float32 [N, K]."""
         f = self.format
-        rotated = dequantize_weight(
-            self.packed, self.scale, self.zero if f.zero_points else None, f.weight_bits, f.group
-        ).float()
-        # T is a diagonal and then an orthogonal R: w·R = c, so w = c·Rᵀ.
-        left = None if self.left is None else self.left.T.contiguous()
-        return ops.transform(rotated, hadamard=f.hadamard, left=left) / self.diagonal
+        zero = self.zero if f.zero_points else None
+        rotated = dequantize_weight(self.packed, self.scale, zero, f.weight_bits, f.group)
+        return self.input.back(rotated.float())
 
 
 def round_weights(x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> RoundedWeights:
@@ -66,28 +122,7 @@ def round_weights(x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> Roun
     get one transform (its diagonal balances x against all of them) and one clip ratio. where: names
     them in errors. Raises SaltireError for activations that are not finite.
     """
-    check_activations(x, where)
-    K = x.shape[1]
-    hadamard, left64 = rotation(K, recipe)
-    left = None if left64 is None else left64.float()
-    D = _diagonal(x, weight) if recipe.diagonal else torch.ones(K)
-    format = recipe.format(hadamard, 0 if left is None else left.shape[0])
-    format.check_fits(where, K)
-
-    rotated = ops.transform(x, diag=1.0 / D, hadamard=hadamard, left=left)
-    format = replace(format, clip=best_clip(rotated, format))
-    curvature = Curvature.of(second_moment(rotated, format))
-    dtype = SCALE_DTYPES[format.scale_dtype]
-    packed, scale, zero = [], [], []
-    for rows in weight.split(ROWS_AT_ONCE):
-        w = ops.transform(rows, diag=D, hadamard=hadamard, left=left)
-        grid = choose_grid(
-            w, curvature.power, format.weight_bits, format.group, format.zero_points, dtype
-        )
-        packed.append(ops.pack_weight(gptq(w, curvature, grid, format.group), format.weight_bits))
-        scale.append(grid.scale.to(dtype))
-        zero.append(grid.zero.to(dtype))
-    return RoundedWeights(format, torch.cat(packed), torch.cat(scale), torch.cat(zero), D, left)
+    return InputRounding.of(x, weight, recipe, where).round(weight)
 
 
 def quantize_group(

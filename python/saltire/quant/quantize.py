@@ -9,11 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for, share_inputs
 from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer
-from saltire.nn.linear_format import LinearFormat
+from saltire.nn.linear_format import AnyFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.layer import quantize_group
+from saltire.quant.lowrank.compress import group_method
 from saltire.quant.recipe import Recipe, parse_recipe
 from saltire.quant.texts import calibration_tokens
 
@@ -50,13 +51,15 @@ def quantize(
     )
     usable = tokens.shape[0] // batch * batch or tokens.shape[0]  # batches of one shape
     model.eval()
+    method = group_method(model, adapter, tokens[:usable], batch, recipe)
     runner = BlockRunner(model, adapter, tokens[:usable], batch)
-    formats: dict[str, LinearFormat] = {}
+    formats: dict[str, AnyFormat] = {}
     for index, block in enumerate(track(adapter.blocks(model), f"quantising to {recipe.name}")):
         for group in adapter.groups:
             x = runner.inputs_of(block, group[0])
-            for name, new in quantize_group(block, group, x, recipe).items():
-                formats[f"{adapter.blocks_path}.{index}.{name}"] = new.format
+            path = f"{adapter.blocks_path}.{index}"
+            for name, new in method(block, path, group, x).items():
+                formats[f"{path}.{name}"] = new.format
         runner.advance(block)
     if recipe.head:
         x = runner.outputs(model.get_submodule(adapter.norm_path))
@@ -77,7 +80,7 @@ def _round_the_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _attach_config(
-    model: PreTrainedModel, recipe: Recipe, formats: dict[str, LinearFormat]
+    model: PreTrainedModel, recipe: Recipe, formats: dict[str, AnyFormat]
 ) -> None:
     layers = {name: format.to_dict() for name, format in formats.items()}
     config = SaltireConfig(layers, recipe=recipe.name, rest_dtype=recipe.rest_dtype)

@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from saltire.errors import SaltireError
 from saltire.nn.linear_format import LinearFormat
 
 Rotation = Literal["none", "block", "full"]
+Gauge = Literal["down", "up", "balanced", "closed", "learned", "hadamard", "learned-hadamard"]
+GAUGES: tuple[Gauge, ...] = get_args(Gauge)
+BRANCH_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """How low-rank decomposition joins in (docs/dam.md).
+
+    kind: ``factored``, two quantised factors in place of a weight; ``residual``, a quantised weight
+    and a branch of low rank for what it lost. share: bytes of all linears of the blocks over what
+    they take at 4 bits a weight and one float32 scale an output. gauge: what stands between the
+    factors, folded into both (``lowrank.dam.apply_gauge``). quantise_first: decompose the quantised
+    weight, to show what that costs. branch_bits: of the residual's factors, 4, 8 or 16.
+    """
+
+    kind: Literal["factored", "residual"]
+    share: float
+    gauge: Gauge = "hadamard"
+    quantise_first: bool = False
+    branch_bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("factored", "residual"):
+            raise SaltireError(f"kind = {self.kind!r}; expected factored or residual.")
+        if not self.share > 0:
+            raise SaltireError(f"share = {self.share}; expected a share of W4's bytes above 0.")
+        if self.gauge not in GAUGES:
+            raise SaltireError(f"gauge = {self.gauge!r}; expected one of {', '.join(GAUGES)}.")
+        if self.branch_bits not in BRANCH_BITS:
+            raise SaltireError(f"branch_bits = {self.branch_bits}; expected 4, 8 or 16.")
 
 
 @dataclass(frozen=True)
@@ -20,7 +51,8 @@ class Recipe:
     BDQ's closed form before rounding. rotation: ``none``; ``block``, a Hadamard of ``block``
     channels; ``full``, one rotation over all channels. head: also quantise the head that gives the
     logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
-    dtype in which the tensors that are not quantised (embedding, norms) are stored.
+    dtype in which the tensors that are not quantised (embedding, norms) are stored. low_rank: join
+    it with a low-rank decomposition of the linears in the blocks.
     """
 
     name: str
@@ -33,6 +65,7 @@ class Recipe:
     block: int = 64
     head: bool = True
     rest_dtype: str = "bfloat16"
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
         if self.rotation not in ("none", "block", "full"):
@@ -76,6 +109,12 @@ RECIPES: dict[str, Recipe] = {
         replace(_BASE, name="w2a4-g64", weight_bits=2, group=64),
         replace(_BASE, name="w2a8", weight_bits=2, act_bits=8),
         replace(_BASE, name="w2a8-g64", weight_bits=2, act_bits=8, group=64),
+        replace(_BASE, name="dam-80", low_rank=LowRank("factored", 0.8)),
+        replace(_BASE, name="dam-60", low_rank=LowRank("factored", 0.6)),
+        replace(_BASE, name="dam-40", low_rank=LowRank("factored", 0.4)),
+        replace(_BASE, name="w4a4-lr", low_rank=LowRank("residual", 1.25)),
+        replace(_BASE, name="w2a4-lr", weight_bits=2, low_rank=LowRank("residual", 0.8)),
+        replace(_BASE, name="w2a8-lr", weight_bits=2, act_bits=8, low_rank=LowRank("residual", 0.8)),
     )
 }
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from saltire.errors import SaltireError
 from saltire.quant.lowrank.dam import (
-    GAUGES,
     apply_gauge,
     dam_diagonal,
     mixing_rotation,
     rms_of_ranks,
 )
 from saltire.quant.lowrank.truncation import Statistics, spectrum, truncate
+from saltire.quant.recipe import GAUGES
 
 SHAPES = [(48, 32), (32, 48), (40, 40)]  # tall, wide, square: N, K
 

@@ -7,23 +7,13 @@ and the rotation are ours.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from saltire.errors import SaltireError
 from saltire.quant.lowrank.truncation import Factors, Statistics
+from saltire.quant.recipe import Gauge
 from saltire.reference.transform_quantize import hadamard_matrix, hartley_matrix
-
-Gauge = Literal["down", "up", "balanced", "closed", "learned", "hadamard", "learned-hadamard"]
-GAUGES: tuple[Gauge, ...] = get_args(Gauge)
-
-
-def check_gauge(gauge: str) -> None:
-    """Raise SaltireError unless there is such a gauge."""
-    if gauge not in GAUGES:
-        raise SaltireError(f"gauge = {gauge!r}; expected one of {', '.join(GAUGES)}.")
 
 
 def dam_diagonal(rms_z: Tensor, rms_up: Tensor) -> Tensor:
@@ -67,7 +57,6 @@ def apply_gauge(
     its root to each. closed: DAM's diagonal. hadamard: DAM's diagonal and a rotation of the ranks.
     learned, learned-hadamard: as closed and hadamard, with the ``diagonal`` that was learned.
     """
-    check_gauge(gauge)
     if gauge == "down":
         return factors
     if gauge in ("up", "balanced"):

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from saltire.errors import SaltireError
 from saltire.quant.layer import check_activations, round_weights
-from saltire.quant.lowrank.dam import Gauge, apply_gauge
-from saltire.quant.lowrank.truncation import Factors, Statistics, check_rank, truncate
-from saltire.quant.recipe import Recipe, parse_recipe
-
-RANK_MULTIPLE = 32  # ranks are the inputs of the second product, which come 32 at a time
+from saltire.quant.lowrank.dam import apply_gauge
+from saltire.quant.lowrank.factored import check_factored_rank, quantised_factors
+from saltire.quant.lowrank.truncation import Factors, Statistics, truncate
+from saltire.quant.recipe import Gauge, Recipe, parse_recipe
 
 
 @dataclass(frozen=True)
@@ -44,28 +43,6 @@ class Interaction:
     def excess_ql(self) -> float:
         """The same with quantisation first."""
         return self.ql - (self.e_L + self.e_Q)
-
-
-def check_factored_rank(rank: int, N: int, K: int, where: str = "the layer") -> None:
-    """Raise SaltireError unless two factors of this rank exist and the kernels can run them."""
-    check_rank(rank, N, K, where)
-    if rank % RANK_MULTIPLE:
-        low = rank // RANK_MULTIPLE * RANK_MULTIPLE
-        near = [r for r in (low, low + RANK_MULTIPLE) if 0 < r <= min(N, K)]
-        raise SaltireError(
-            f"{where}: rank = {rank}; expected a multiple of {RANK_MULTIPLE}, as it is the number "
-            f"of inputs of the second product. Nearest: {' or '.join(map(str, near)) or 'none'}."
-        )
-
-
-def quantised_factors(
-    x: Tensor, factors: Factors, recipe: Recipe, where: str
-) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Both factors as quantised linears; the second is rounded for what the first gives out."""
-    down = round_weights(x, factors.down.float(), recipe, where).layer(0, factors.rank)
-    inner = recipe.between_factors()
-    up = round_weights(down(x), factors.up.float(), inner, where).layer(0, factors.up.shape[0])
-    return down, up
 
 
 @torch.no_grad()

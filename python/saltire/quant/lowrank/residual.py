@@ -1,0 +1,101 @@
+"""A quantised weight with a branch of low rank for what it lost (Q + LR).
+
+Sources: LQER, EoRA (the whitened residual), CALDERA (both in turns). The branch's factors are
+quantised too, with DAM's diagonal or rotation between them; the weight is rounded last, so that it
+makes up for the branch's rounding as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from saltire import ops
+from saltire.nn.quant_linear import QuantLinear, decode_rows, encode_rows
+from saltire.quant.gptq import Curvature, choose_grid, gptq
+from saltire.quant.layer import InputRounding, check_activations, finite_linear, put
+from saltire.quant.lowrank.dam import apply_gauge
+from saltire.quant.lowrank.truncation import Factors, Statistics, truncate
+from saltire.quant.recipe import LowRank, Recipe
+
+TURNS = 3  # of branch and weight; each after the first has a smaller residual to work on
+
+Stored = tuple[Tensor, Tensor | None]  # codes, and their scales
+
+
+def residual_group(
+    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe, ranks: dict[str, int]
+) -> dict[str, QuantLinear]:
+    """Quantise linears that share the input x, each with a branch of its rank (0: none).
+
+    x: float32 [tokens, K]. Returns name -> new layer, put in place. Raises SaltireError as
+    quantize_group does.
+    """
+    settings, where = recipe.low_rank, " / ".join(names)
+    assert settings is not None
+    check_activations(x, where)
+    linears = [finite_linear(parent, name) for name in names]
+    weights = [linear.weight.detach().float() for linear in linears]
+    sizes = [len(weight) for weight in weights]
+    statistics = Statistics.of(x)
+    rounding = InputRounding.of(x, torch.cat(weights), recipe, where)
+    seen = rounding.inputs(x)
+    main = rounding.round(torch.cat(weights))
+    stored: list[tuple[Stored, Stored] | None] = [None for _ in names]
+    for turn in range(TURNS if any(ranks[name] for name in names) else 0):
+        rest = []
+        for i, (weight, kept) in enumerate(zip(weights, main.weight().split(sizes), strict=True)):
+            rank = ranks[names[i]]
+            if not rank:
+                rest.append(weight)
+                continue
+            low = truncate(weight - kept, statistics, rank)
+            branch = low.weight().float()
+            if turn == TURNS - 1:
+                low = apply_gauge(low, statistics, settings.gauge)
+                stored[i], branch = _store(low, rounding, seen, settings)
+            rest.append(weight - branch)
+        main = rounding.round(torch.cat(rest))
+    made, start = {}, 0
+    for name, linear, factors in zip(names, linears, stored, strict=True):
+        stop = start + linear.out_features
+        layer = main.layer(start, stop, linear.bias)
+        made[name] = layer if factors is None else _with_branch(layer, factors, ranks[name], settings)
+        put(parent, name, made[name])
+        start = stop
+    return made
+
+
+def _store(
+    low: Factors, rounding: InputRounding, seen: Tensor, settings: LowRank
+) -> tuple[tuple[Stored, Stored], Tensor]:
+    """The branch as it is stored, the first factor in the basis of the transformed input, and the
+    weight [N, K] that it then stands for."""
+    bits = settings.branch_bits
+    down = _encode(rounding.weights(low.down.float()), rounding.curvature, bits)
+    decoded = decode_rows(*down, bits)
+    ranks = seen @ decoded.T
+    up = _encode(low.up.float(), Curvature.of(ranks.T @ ranks), bits)
+    return (down, up), rounding.back(decode_rows(*up, bits) @ decoded)
+
+
+def _encode(weight: Tensor, curvature: Curvature, bits: int) -> Stored:
+    """Rows in ``bits`` bits: 16 and 8 to nearest, 4 by GPTQ."""
+    if bits > 4:
+        return encode_rows(weight, bits)
+    grid = choose_grid(weight, curvature.power, 4, 0, False, torch.float32)
+    return ops.pack_weight(gptq(weight, curvature, grid, 0), 4), grid.scale[:, 0].clone()
+
+
+def _with_branch(
+    layer: QuantLinear, factors: tuple[Stored, Stored], rank: int, settings: LowRank
+) -> QuantLinear:
+    """The same layer with a stored branch."""
+    format = replace(layer.format, rank=rank, rank_bits=settings.branch_bits)
+    new = QuantLinear(layer.in_features, layer.out_features, format, bias=layer.bias is not None)
+    for name in ("weight_packed", "weight_scale", "weight_zero", "diag", "left", "bias"):
+        setattr(new, name, getattr(layer, name))
+    (new.branch_in, new.branch_in_scale), (new.branch_out, new.branch_out_scale) = factors
+    return new
