@@ -32,8 +32,8 @@ FORMAT_VERSION = 1
 class SaltireConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint: which layers are quantised, and how.
 
-    layers: full module name -> fields of LinearFormat or FactoredFormat. recipe: the name it was made with, for
-    people. rest_dtype: dtype in which the tensors that are not quantised are stored.
+    layers: full module name -> fields of LinearFormat or FactoredFormat. recipe: the name it was
+    made with, for people. rest_dtype: dtype in which the tensors that are not quantised are stored.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class LinearFormat:
 
 @dataclass(frozen=True)
 class FactoredFormat:
-    """The format of a linear layer of two factors: ``down`` to ``rank`` values, ``up`` from them."""
+    """The format of a linear layer of two factors: ``down`` to ``rank`` values, ``up`` from it."""
 
     rank: int
     down: LinearFormat

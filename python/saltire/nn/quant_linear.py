@@ -52,9 +52,10 @@ class QuantLinear(nn.Module):
     weight_zero the same, if the format has zero points; diag float32 [K]; left [A, A]; right
     [B, B]; low_rank_in float32 [K, R]; low_rank_out float32 [R, N]; bias float32 [N].
 
-    With ``format.rank_bits`` under 32 the branch is stored as ``branch_in`` [R, K·b/8], in the basis
-    of T(x), and ``branch_out`` [N, R·b/8], float16 or codes with a scale a row (``branch_in_scale``,
-    ``branch_out_scale``); low_rank_in and low_rank_out are then decoded from them by ``prepare``.
+    With ``format.rank_bits`` under 32 the branch is stored as ``branch_in`` [R, K·b/8], in the
+    basis of T(x), and ``branch_out`` [N, R·b/8]: float16, or codes with a scale a row
+    (``branch_in_scale``, ``branch_out_scale``). ``prepare`` decodes low_rank_in and low_rank_out
+    from them.
     """
 
     weight_packed: Tensor
@@ -236,8 +237,8 @@ class QuantLinear(nn.Module):
 def encode_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """Store float32 [rows, n] in 16, 8 or 4 bits; the latter two with one scale a row, float32.
 
-    Rounds to nearest, on symmetric codes -Q..Q, Q = 2**(bits-1) - 1. 4 bits: uint8 [rows, n/2], each
-    code + 8, the first of two in the low half.
+    Rounds to nearest, on symmetric codes -Q..Q, Q = 2**(bits-1) - 1. 4 bits: uint8 [rows, n/2],
+    each code + 8, the first of two in the low half.
     """
     if bits == 16:
         return weight.half(), None

@@ -79,9 +79,7 @@ def _round_the_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _attach_config(
-    model: PreTrainedModel, recipe: Recipe, formats: dict[str, AnyFormat]
-) -> None:
+def _attach_config(model: PreTrainedModel, recipe: Recipe, formats: dict[str, AnyFormat]) -> None:
     layers = {name: format.to_dict() for name, format in formats.items()}
     config = SaltireConfig(layers, recipe=recipe.name, rest_dtype=recipe.rest_dtype)
     model.config.quantization_config = config

@@ -114,7 +114,9 @@ RECIPES: dict[str, Recipe] = {
         replace(_BASE, name="dam-40", low_rank=LowRank("factored", 0.4)),
         replace(_BASE, name="w4a4-lr", low_rank=LowRank("residual", 1.25)),
         replace(_BASE, name="w2a4-lr", weight_bits=2, low_rank=LowRank("residual", 0.8)),
-        replace(_BASE, name="w2a8-lr", weight_bits=2, act_bits=8, low_rank=LowRank("residual", 0.8)),
+        replace(
+            _BASE, name="w2a8-lr", weight_bits=2, act_bits=8, low_rank=LowRank("residual", 0.8)
+        ),
     )
 }
 

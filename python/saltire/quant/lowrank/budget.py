@@ -77,9 +77,7 @@ def _slope(a: tuple[int, float, int | None], b: tuple[int, float, int | None]) -
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def allocate(
-    layers: Mapping[str, LayerSpectrum], share: float, bits: int
-) -> dict[str, int | None]:
+def allocate(layers: Mapping[str, LayerSpectrum], share: float, bits: int) -> dict[str, int | None]:
     """The rank of every layer (None: kept whole) under ``share`` of the layers' bytes at 4 bits.
 
     Greedy by error per byte along each layer's convex hull, which is optimal but for the last step.

@@ -58,7 +58,8 @@ class _Part:
     @property
     def first(self) -> Tensor:
         """What meets the input: float32 [R, K] or [N, K]."""
-        return self.linear.weight.detach().float() if self.factors is None else self.factors.down.float()
+        whole = self.linear.weight.detach()
+        return (whole if self.factors is None else self.factors.down).float()
 
 
 def factor_group(
@@ -72,7 +73,7 @@ def factor_group(
 
     x: float32 [tokens, K], what enters them in the model compressed so far. ranks: of each linear;
     None keeps it whole. All first factors (and whole weights) get one transform of the input, so
-    that it is quantised once. Returns name -> new layer. Raises SaltireError as quantize_group does.
+    that it is quantised once. Returns name -> new layer. Raises as quantize_group does.
     """
     settings, where = recipe.low_rank, " / ".join(names)
     assert settings is not None

@@ -62,8 +62,10 @@ def residual_group(
     for name, linear, factors in zip(names, linears, stored, strict=True):
         stop = start + linear.out_features
         layer = main.layer(start, stop, linear.bias)
-        made[name] = layer if factors is None else _with_branch(layer, factors, ranks[name], settings)
-        put(parent, name, made[name])
+        if factors is not None:
+            layer = _with_branch(layer, factors, ranks[name], settings)
+        made[name] = layer
+        put(parent, name, layer)
         start = stop
     return made
 
