@@ -6,16 +6,35 @@
 #include <new>
 #include <vector>
 
+#include "core/quant_linear.h"
 #include "decoder_layer/op.h"
 
 namespace saltire::decoder_layer {
+
+// A linear layer: dense, or quantised (then `w` is null and n, k are the packed weight's).
+struct Linear : Dense {
+  bool quantised = false;
+  TokenQuantizer input;
+  PackedWeight packed;
+  const float* low_rank_in = nullptr;  // [K, R]
+
+  // Whether what was prepared for this layer serves the other, which reads the same rows.
+  bool shares_input(const Linear& other) const {
+    if (quantised != other.quantised) return false;
+    if (!quantised) return format == other.format;
+    const TokenQuantizer &a = input, &b = other.input;
+    return a.hadamard == b.hadamard && a.diag == b.diag && a.left == b.left && a.right == b.right &&
+           a.act_bits == b.act_bits && a.clip == b.clip && a.sum_group == b.sum_group &&
+           packed.shift_kind == other.packed.shift_kind;
+  }
+};
 
 struct Layer {
   const float* input_norm = nullptr;  // [D]
   const float* post_norm = nullptr;   // [D]
   const float* q_norm = nullptr;      // [head_dim] or null
   const float* k_norm = nullptr;      // [head_dim] or null
-  Dense q, k, v, o, gate, up, down;
+  Linear q, k, v, o, gate, up, down;
   int64_t window = 0;  // slots that attention looks back, 0: all
 };
 
@@ -23,7 +42,7 @@ struct Model {
   int64_t hidden = 0, ffn = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   float eps = 0.0f;
   Dense embedding;  // only its rows are read
-  Dense head;
+  Linear head;
   const float* final_norm = nullptr;
   std::vector<Layer> layers;
 
@@ -109,9 +128,13 @@ class Floats {
   int64_t size_ = 0;
 };
 
-// Memory of a step; one for each open decoder.
+// Layers that read the same rows: q, k and v.
+constexpr int kSharers = 3;
+
+// Memory of a step; one for each open decoder. The codes are bytes, kept in floats for alignment.
 struct Workspace {
   Floats state, normed, staged, q, k, v, attended, gate, up, projected, head_rows;
+  Floats codes, packed_codes, scales, sums, shifts, low_rank[kSharers];
   std::vector<Best> best;
 };
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "core/isa.h"
+#include "core/quant_linear.h"
 #include "core/tensor.h"
 #include "core/threads.h"
 #include "decoder_layer/model.h"
@@ -70,10 +71,14 @@ Format weight_format(const char* op, const char* name, const Tensor& t) {
 // Reads the description of a model, checking every tensor as it is named.
 class Reader {
  public:
-  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& layers)
-      : tensors_(tensors), values_(layers) {}
+  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& values,
+         const std::vector<double>& clips)
+      : tensors_(tensors), values_(values), clips_(clips) {}
 
-  int64_t next() { return values_[at_++]; }
+  int64_t next() {
+    SALTIRE_CHECK(at_ < values_.size(), kOp, ": the description of the layers ends too soon.");
+    return values_[at_++];
+  }
   bool done() const { return at_ == values_.size(); }
 
   const float* vector(const char* name, int64_t size, bool optional = false) {
@@ -85,10 +90,32 @@ class Reader {
     return static_cast<const float*>(t->const_data_ptr());
   }
 
-  Dense linear(const char* name, int64_t n, int64_t k) {
-    const Tensor* t = tensor(name, false);
-    Dense out = dense(name, *t, n, k);
-    out.bias = vector(name, n, true);
+  // weight, bias, activation bits (0: dense), Hadamard block, diag, left, right, low-rank in and
+  // out.
+  Linear linear(const char* name, int64_t n, int64_t k) {
+    const Tensor* weight = tensor(name, false);
+    const float* bias = vector(name, n, true);
+    const int64_t act_bits = next();
+    SALTIRE_CHECK(linears_ < clips_.size(), kOp, ": ", clips_.size(),
+                  " clips; expected one for every linear layer.");
+    const double clip = clips_[linears_++];
+    Linear out;
+    if (act_bits == 0) {
+      static_cast<Dense&>(out) = dense(name, *weight, n, k);
+      out.bias = bias;
+      return out;
+    }
+    out.quantised = true;
+    out.n = n;
+    out.k = k;
+    out.packed.buffer = static_cast<const uint8_t*>(weight->const_data_ptr());
+    out.packed.bytes = weight->numel();
+    check_dtype(kOp, name, *weight, ScalarType::Byte);
+    quant_kernels().open_weight(kOp, out.packed);
+    SALTIRE_CHECK(out.packed.n == n && out.packed.k == k, kOp, ": ", name, " was prepacked as [",
+                  out.packed.n, ", ", out.packed.k, "]; expected [", n, ", ", k, "].");
+    out.packed.bias = bias;
+    read_input(name, act_bits, clip, out);
     return out;
   }
 
@@ -109,6 +136,52 @@ class Reader {
  private:
   static constexpr const char* kOp = "decoder_open";
 
+  void read_input(const char* name, int64_t act_bits, double clip, Linear& out) {
+    const int64_t k = out.k;
+    TokenQuantizer& input = out.input;
+    SALTIRE_CHECK(act_bits == 3 || act_bits == 4 || act_bits == 8, kOp, ": ", name,
+                  " has activations of ", act_bits, " bits; expected 3, 4 or 8.");
+    SALTIRE_CHECK(clip > 0.0 && clip <= 1.0, kOp, ": ", name, " has clip = ", clip,
+                  "; expected a ratio in (0, 1].");
+    input.k = k;
+    input.act_bits = static_cast<int>(act_bits);
+    input.clip = static_cast<float>(clip);
+    input.sum_group = out.packed.group;
+    input.hadamard = next();
+    SALTIRE_CHECK(input.hadamard >= 1 && (input.hadamard & (input.hadamard - 1)) == 0 &&
+                      k % input.hadamard == 0,
+                  kOp, ": ", name, " has a Hadamard block of ", input.hadamard,
+                  "; expected a power of two that divides K = ", k, ".");
+    input.diag = vector(name, k, true);
+    const Tensor* left = tensor(name, true);
+    const Tensor* right = tensor(name, true);
+    int64_t block = input.hadamard;
+    if (right != nullptr) {
+      block = input.right_size = right->size(0);
+      SALTIRE_CHECK(input.hadamard == 1 && block > 0 && k % block == 0, kOp, ": ", name,
+                    " has a right factor of ", block, " with K = ", k, ".");
+      input.right = matrix(name, *right, block, block);
+    }
+    if (left != nullptr) input.left = matrix(name, *left, k / block, k / block);
+    const Tensor* low_in = tensor(name, true);
+    const Tensor* low_out = tensor(name, true);
+    SALTIRE_CHECK((low_in == nullptr) == (low_out == nullptr), kOp, ": ", name,
+                  " has one half of a low-rank branch.");
+    if (low_in == nullptr) return;
+    check_dim(kOp, name, *low_in, 2);
+    out.packed.rank = low_in->size(1);
+    out.low_rank_in = matrix(name, *low_in, k, out.packed.rank);
+    out.packed.low_rank_w = matrix(name, *low_out, out.packed.rank, out.n);
+  }
+
+  static const float* matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+    check_dtype(kOp, name, t, ScalarType::Float);
+    check_dim(kOp, name, t, 2);
+    check_size(kOp, name, t, 0, rows, "the layer's size");
+    check_size(kOp, name, t, 1, columns, "the layer's size");
+    return static_cast<const float*>(t.const_data_ptr());
+  }
+
   const Tensor* tensor(const char* name, bool optional) {
     const int64_t index = next();
     if (optional && index == -1) return nullptr;
@@ -122,10 +195,10 @@ class Reader {
 
   const std::vector<Tensor>& tensors_;
   const std::vector<int64_t>& values_;
+  const std::vector<double>& clips_;
   size_t at_ = 0;
+  size_t linears_ = 0;
 };
-
-constexpr size_t kLayerValues = 19;  // window, 4 norms, 7 linears with a bias each
 
 Layer read_layer(Reader& reader, const Model& m) {
   Layer layer;
@@ -141,21 +214,19 @@ Layer read_layer(Reader& reader, const Model& m) {
   layer.gate = reader.linear("gate", m.ffn, m.hidden);
   layer.up = reader.linear("up", m.ffn, m.hidden);
   layer.down = reader.linear("down", m.hidden, m.ffn);
-  SALTIRE_CHECK(layer.q.format == layer.k.format && layer.q.format == layer.v.format &&
-                    layer.gate.format == layer.up.format,
-                "decoder_open: q, k and v must have one dtype, and gate and up must. Cast them.");
+  SALTIRE_CHECK(layer.q.shares_input(layer.k) && layer.q.shares_input(layer.v) &&
+                    layer.gate.shares_input(layer.up),
+                "decoder_open: q, k and v must read their input in one format, and gate and up "
+                "must. Quantise or cast them alike.");
   return layer;
 }
 
 Tensor decoder_open(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
-                    std::vector<int64_t> layers, double eps) {
+                    std::vector<int64_t> description, std::vector<double> clips, double eps) {
   constexpr const char* kOp = "decoder_open";
   SALTIRE_CHECK(sizes.size() == 6, kOp, ": sizes holds ", sizes.size(),
                 " values; expected hidden, ffn, heads, kv_heads, head_dim, vocabulary.");
-  SALTIRE_CHECK(tensors.size() >= 3, kOp, ": ", tensors.size(),
-                " tensors; expected embedding, head, final norm, then the layers'.");
-  SALTIRE_CHECK(layers.size() % kLayerValues == 0, kOp, ": layers holds ", layers.size(),
-                " values; expected ", kLayerValues, " a layer.");
+  SALTIRE_CHECK(!tensors.empty(), kOp, ": no tensors; expected the embedding first.");
   for (const int64_t size : sizes) {
     SALTIRE_CHECK(size >= 1 && size <= (int64_t{1} << 31), kOp, ": a size is ", size,
                   "; expected 1 to 2^31.");
@@ -177,10 +248,9 @@ Tensor decoder_open(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
                 " heads of keys evenly.");
   const std::vector<Tensor>& t = open->tensors;
   m.embedding = Reader::dense("embedding", t[0], m.vocabulary, m.hidden);
-  m.head = Reader::dense("head", t[1], m.vocabulary, m.hidden);
-  const std::vector<int64_t> norm_index = {2};
-  m.final_norm = Reader(t, norm_index).vector("final_norm", m.hidden);
-  Reader reader(t, layers);
+  Reader reader(t, description, clips);
+  m.final_norm = reader.vector("final_norm", m.hidden);
+  m.head = reader.linear("head", m.vocabulary, m.hidden);
   while (!reader.done()) m.layers.push_back(read_layer(reader, m));
   static int64_t last_id = 0;
   Tensor handle = new_tensor(t[0], {1}, ScalarType::Long);
@@ -322,7 +392,9 @@ std::tuple<Tensor, Tensor> decoder_step(Tensor handle, Tensor kv, std::optional<
 }  // namespace saltire::decoder_layer
 
 STABLE_TORCH_LIBRARY_FRAGMENT(saltire, m) {
-  m.def("decoder_open(Tensor[] tensors, int[] sizes, int[] layers, float eps) -> Tensor");
+  m.def(
+      "decoder_open(Tensor[] tensors, int[] sizes, int[] description, float[] clips, float eps) -> "
+      "Tensor");
   m.def("decoder_close(Tensor handle) -> ()");
   m.def(
       "decoder_step(Tensor handle, Tensor(a!) kv, Tensor(b!)? scales, Tensor rotation, Tensor "

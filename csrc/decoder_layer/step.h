@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "core/cpu/half.h"
 #include "core/cpu/scratch.h"
@@ -90,22 +91,41 @@ class Step {
 
   // --- products -----------------------------------------------------------------------------
 
-  // x [M, K] -> what `dense` reads, and where it then lies. gain: normalise on the way.
-  DenseRows prepare(const float* x, int64_t rows, int64_t k, const float* gain, Format format) {
-    DenseRows out;
-    out.rows = rows;
-    if (panels_) {
-      out.x = x;
-      out.x_stride = k;
-      if (gain == nullptr) return out;
-      team_.run(rows, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m) {
-          kernels_.norm(x + m * k, gain, model_.eps, k, normed_ + m * k);
-        }
-      });
-      out.x = normed_;
-      return out;
+  // Rows made ready for one or more layers that read them.
+  struct Rows {
+    DenseRows dense;
+    QuantRows quant;
+    const float* low_rank[kSharers] = {};
+  };
+
+  // x [M, K] -> what the layers read, and where it then lies. gain: normalise on the way.
+  Rows prepare(const float* x, int64_t rows, int64_t k, const float* gain,
+               std::initializer_list<const Linear*> layers) {
+    Rows out;
+    out.dense.rows = rows;
+    const Linear& first = **layers.begin();
+    if (first.quantised) {
+      prepare_codes(x, rows, k, gain, layers, out);
+    } else if (panels_) {
+      out.dense.x = gain == nullptr ? x : normalise(x, rows, k, gain);
+      out.dense.x_stride = k;
+    } else {
+      stage(x, rows, k, gain, first.format, out.dense);
     }
+    return out;
+  }
+
+  const float* normalise(const float* x, int64_t rows, int64_t k, const float* gain) {
+    team_.run(rows, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        kernels_.norm(x + m * k, gain, model_.eps, k, normed_ + m * k);
+      }
+    });
+    return normed_;
+  }
+
+  void stage(const float* x, int64_t rows, int64_t k, const float* gain, Format format,
+             DenseRows& out) {
     out.x_stride = round_up(k, kStageMultiple);
     float* staged = staged_;
     team_.run(rows, 8, [&](int64_t begin, int64_t end) {
@@ -119,17 +139,72 @@ class Step {
       }
     });
     out.x = staged;
-    return out;
   }
 
-  void multiply(const Dense& w, DenseRows rows, float* y, int64_t begin, int64_t end) {
-    rows.y = y;
-    rows.y_stride = w.n;
+  // Norm, low-rank branches, rotation, rounding and packing, a tile of rows after another.
+  void prepare_codes(const float* x, int64_t rows, int64_t k, const float* gain,
+                     std::initializer_list<const Linear*> layers, Rows& out) {
+    const Linear& first = **layers.begin();
+    const QuantKernels& quant = quant_kernels();
+    const int64_t groups = k / first.packed.group;
+    auto* codes = reinterpret_cast<int8_t*>(work_.codes.get((rows * k + 3) / 4));
+    auto* packed = reinterpret_cast<int8_t*>(work_.packed_codes.get((rows * k + 3) / 4));
+    auto* sums = reinterpret_cast<int32_t*>(work_.sums.get(rows * groups));
+    float* scales = work_.scales.get(rows);
+    float* shifts = work_.shifts.get(rows * groups);
+    float* low_rank[kSharers] = {};
+    int at = 0;
+    for (const Linear* layer : layers) {
+      if (layer->packed.rank > 0) low_rank[at] = work_.low_rank[at].get(rows * layer->packed.rank);
+      out.low_rank[at] = low_rank[at];
+      ++at;
+    }
+    team_.run(quant.tiles(rows), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t last = quant.tile_begin(rows, tile + 1);
+        for (int64_t m = quant.tile_begin(rows, tile); m < last; ++m) {
+          const float* row = x + m * k;
+          if (gain != nullptr) {
+            kernels_.norm(row, gain, model_.eps, k, normed_ + m * k);
+            row = normed_ + m * k;
+          }
+          int i = 0;
+          for (const Linear* layer : layers) {
+            const int64_t R = layer->packed.rank;
+            if (R > 0) kernels_.low_rank(row, layer->low_rank_in, k, R, low_rank[i] + m * R);
+            ++i;
+          }
+          float* scratch = thread_scratch(static_cast<size_t>(3 * round_up(k, 16)));
+          quant.quantize_token(first.input, row, codes + m * k, scales + m, sums + m * groups,
+                               scratch);
+        }
+        quant.pack(first.packed, codes, sums, rows, tile, packed, shifts);
+      }
+    });
+    out.quant.rows = rows;
+    out.quant.act_bits = first.input.act_bits;
+    out.quant.x = packed;
+    out.quant.scale = scales;
+    out.quant.shift = shifts;
+  }
+
+  // Outputs [begin, end) of the layer that was `place`-th when its rows were prepared.
+  void multiply(const Linear& w, const Rows& rows, int place, float* y, int64_t begin,
+                int64_t end) {
+    if (w.quantised) {
+      QuantRows quant = rows.quant;
+      quant.low_rank_x = rows.low_rank[place];
+      quant_kernels().multiply(w.packed, quant, y, begin, end);
+      return;
+    }
+    DenseRows dense = rows.dense;
+    dense.y = y;
+    dense.y_stride = w.n;
     if (panels_) {
       float* panel = thread_scratch(static_cast<size_t>(w.k * kPanel));
-      kernels_.dense_panel(w, rows, begin, end, panel);
+      kernels_.dense_panel(w, dense, begin, end, panel);
     } else {
-      kernels_.dense(w, rows, begin, end);
+      kernels_.dense(w, dense, begin, end);
     }
   }
 
@@ -140,18 +215,18 @@ class Step {
 
   // after(begin, end) follows on the same thread for the outputs just made.
   template <typename After>
-  void product(const Dense& w, const DenseRows& rows, float* y, const After& after) {
+  void product(const Linear& w, const Rows& rows, float* y, const After& after) {
     team_.run(panels(w), share(panels(w)), [&](int64_t begin, int64_t end) {
       const int64_t from = begin * kPanel, to = std::min(end * kPanel, w.n);
-      multiply(w, rows, y, from, to);
+      multiply(w, rows, 0, y, from, to);
       after(from, to);
     });
   }
 
   // state += rows · wᵀ
-  void add_product(const Dense& w, const DenseRows& rows) {
+  void add_product(const Linear& w, const Rows& rows) {
     product(w, rows, projected_, [&](int64_t from, int64_t to) {
-      for (int64_t m = 0; m < rows.rows; ++m) {
+      for (int64_t m = 0; m < rows.dense.rows; ++m) {
         float* h = state_ + m * w.n;
         const float* y = projected_ + m * w.n;
         for (int64_t n = from; n < to; ++n) h[n] += y[n];
@@ -163,22 +238,22 @@ class Step {
 
   void attention_unit(int64_t l) {
     const Layer& layer = model_.layers[static_cast<size_t>(l)];
-    const DenseRows x =
-        prepare(state_, args_.rows, model_.hidden, layer.input_norm, layer.q.format);
+    const Rows x = prepare(state_, args_.rows, model_.hidden, layer.input_norm,
+                           {&layer.q, &layer.k, &layer.v});
     const int64_t q_panels = panels(layer.q), kv_panels = panels(layer.k);
     const int64_t all = q_panels + 2 * kv_panels;
     team_.run(all, share(all), [&](int64_t begin, int64_t end) {
-      const auto part = [&](const Dense& w, float* y, int64_t first) {
+      const auto part = [&](const Linear& w, int place, float* y, int64_t first) {
         const int64_t from = std::max(begin - first, int64_t{0}) * kPanel;
         const int64_t to = std::min((end - first) * kPanel, w.n);
-        if (from < to) multiply(w, x, y, from, to);
+        if (from < to) multiply(w, x, place, y, from, to);
       };
-      part(layer.q, q_, 0);
-      part(layer.k, k_, q_panels);
-      part(layer.v, v_, q_panels + kv_panels);
+      part(layer.q, 0, q_, 0);
+      part(layer.k, 1, k_, q_panels);
+      part(layer.v, 2, v_, q_panels + kv_panels);
     });
     attend(l, layer);
-    add_product(layer.o, prepare(attended_, args_.rows, model_.q_size(), nullptr, layer.o.format));
+    add_product(layer.o, prepare(attended_, args_.rows, model_.q_size(), nullptr, {&layer.o}));
   }
 
   // Rows whose queries one item attends for.
@@ -274,16 +349,16 @@ class Step {
   }
 
   void mlp_unit(const Layer& layer) {
-    const DenseRows x =
-        prepare(state_, args_.rows, model_.hidden, layer.post_norm, layer.gate.format);
+    const Rows x =
+        prepare(state_, args_.rows, model_.hidden, layer.post_norm, {&layer.gate, &layer.up});
     product(layer.gate, x, gate_, [&](int64_t from, int64_t to) {
-      multiply(layer.up, x, up_, from, to);
+      multiply(layer.up, x, 1, up_, from, to);
       for (int64_t m = 0; m < args_.rows; ++m) {
         const int64_t at = m * model_.ffn + from;
         kernels_.swiglu(gate_ + at, up_ + at, to - from);
       }
     });
-    add_product(layer.down, prepare(gate_, args_.rows, model_.ffn, nullptr, layer.down.format));
+    add_product(layer.down, prepare(gate_, args_.rows, model_.ffn, nullptr, {&layer.down}));
   }
 
   // --- head ---------------------------------------------------------------------------------
@@ -304,14 +379,14 @@ class Step {
       std::memcpy(rows + i * D, state_ + args_.wanted[i] * D,
                   sizeof(float) * static_cast<size_t>(D));
     }
-    const DenseRows x = prepare(rows, W, D, model_.final_norm, model_.head.format);
+    const Rows x = prepare(rows, W, D, model_.final_norm, {&model_.head});
     const int64_t chunks = (panels(model_.head) + kHeadChunk - 1) / kHeadChunk;
     work_.best.resize(static_cast<size_t>(W * chunks));
     team_.run(chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const int64_t from = c * kHeadChunk * kPanel;
         const int64_t to = std::min(from + kHeadChunk * kPanel, V);
-        multiply(model_.head, x, args_.logits, from, to);
+        multiply(model_.head, x, 0, args_.logits, from, to);
         for (int64_t i = 0; i < W; ++i) {
           Best& best = work_.best[static_cast<size_t>(i * chunks + c)];
           best = kernels_.best(args_.logits + i * V + from, to - from);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/isa.h"
+#include "core/quant_linear.h"
 #include "core/tensor.h"
 #include "core/threads.h"
 #include "lowbit_gemm/layout.h"
@@ -354,6 +355,69 @@ Tensor lowbit_gemm(const Tensor& codes, const Tensor& x_scale, const Tensor& x_s
       static_cast<const int32_t*>(x_sum_c.const_data_ptr()));
   return out;
 }
+
+// --- for rooms that run whole models -----------------------------------------------------------
+
+static_assert(kBlock == 32, "QuantKernels::multiply takes ranges of 32 outputs");
+
+void open_packed(const char* op, PackedWeight& weight) {
+  const WeightLayout layout = read_header(op, weight.buffer, weight.bytes);
+  weight.n = layout.n;
+  weight.k = layout.k;
+  weight.group = layout.group;
+  weight.shift_kind = layout.has_zero ? 0 : layout.bits;
+}
+
+RowTiles tiles_of(int64_t rows) {
+  return RowTiles::make(rows, choose_kernel().rows);
+}
+
+int64_t tile_count(int64_t rows) {
+  return tiles_of(rows).tiles;
+}
+
+int64_t tile_begin(int64_t rows, int64_t tile) {
+  return tiles_of(rows).begin(tile);
+}
+
+void pack_rows_of_tile(const PackedWeight& weight, const int8_t* codes, const int32_t* sums,
+                       int64_t rows, int64_t tile, int8_t* x, float* shift) {
+  const WeightLayout layout = read_header("pack", weight.buffer, weight.bytes);
+  const RowTiles tiles = tiles_of(rows);
+  const int64_t row0 = tiles.begin(tile), count = tiles.begin(tile + 1) - row0;
+  const int64_t groups = layout.groups();
+  pack_tile(codes + row0 * layout.k, x + row0 * layout.k, count, layout.k);
+  shift_tile(layout, sums + row0 * groups, shift + row0 * groups, count);
+}
+
+void multiply_rows(const PackedWeight& weight, const QuantRows& rows, float* y, int64_t begin,
+                   int64_t end) {
+  const KernelChoice choice = choose_kernel();
+  Gemm gemm;
+  gemm.layout = read_header("multiply", weight.buffer, weight.bytes);
+  gemm.w = weight.buffer + sizeof(Header);
+  gemm.act_bits = rows.act_bits;
+  gemm.tiles = RowTiles::make(rows.rows, choice.rows);
+  gemm.x = rows.x;
+  gemm.shift = rows.shift;
+  gemm.x_scale = rows.scale;
+  gemm.bias = weight.bias;
+  gemm.low_rank_x = rows.low_rank_x;
+  gemm.low_rank_w = weight.low_rank_w;
+  gemm.rank = weight.rank;
+  gemm.out = y;
+  choice.kernel(gemm, begin / kBlock, (end + kBlock - 1) / kBlock, 0, gemm.tiles.tiles);
+}
+
+const bool registered = [] {
+  QuantKernels& table = quant_kernel_table();
+  table.open_weight = open_packed;
+  table.tiles = tile_count;
+  table.tile_begin = tile_begin;
+  table.pack = pack_rows_of_tile;
+  table.multiply = multiply_rows;
+  return true;
+}();
 
 }  // namespace
 }  // namespace saltire::lowbit_gemm

@@ -5,7 +5,9 @@
 #include <tuple>
 
 #include "core/cpu/scratch.h"
+#include "core/formats.h"
 #include "core/isa.h"
+#include "core/quant_linear.h"
 #include "core/threads.h"
 #include "transform_quantize/arguments.h"
 
@@ -81,6 +83,21 @@ Tensor transform_cpu(Tensor x, std::optional<Tensor> diag, int64_t hadamard,
   });
   return y;
 }
+
+// For rooms that run whole models.
+void quantize_token(const TokenQuantizer& how, const float* x, int8_t* codes, float* scale,
+                    int32_t* sums, float* scratch) {
+  const int64_t B = how.right != nullptr ? how.right_size : how.hadamard;
+  const Transform transform = {how.k, how.k / B, B, how.diag, how.left, how.right, how.hadamard};
+  const int Q = max_activation_code(how.act_bits);
+  const Rounding rounding = {Q, how.clip / static_cast<float>(Q), how.sum_group};
+  const Kernels k = kernels();
+  const int64_t stride = (how.k + 15) / 16 * 16;
+  k.transform(transform, x, Dtype::f32, scratch, scratch + stride);
+  k.round(rounding, scratch, how.k, codes, scale, sums);
+}
+
+const bool registered = (quant_kernel_table().quantize_token = quantize_token, true);
 
 }  // namespace
 

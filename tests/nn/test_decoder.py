@@ -15,7 +15,7 @@ from saltire.ops.decoder_layer import ATTENTION, MLP, decoder_step
 from saltire.reference.decoder_layer import ReferenceCache, ReferenceLayer
 from saltire.reference.decoder_layer import decoder_step as reference_step
 from tests.conftest import AVAILABLE_ISAS
-from tests.tiny import ARCHITECTURES, random_tokens, tiny_model
+from tests.tiny import ARCHITECTURES, random_tokens, tiny_model, tiny_tokenizer
 
 TOKENS = random_tokens(tiny_model("llama"), 1, 40)[0].tolist()
 
@@ -321,3 +321,64 @@ def test_refusals_say_what_to_do() -> None:
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(SaltireError, match="rope_type = 'dynamic'"):
         build_decoder(tiny_model("llama", rope_parameters=dynamic))
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "w2a4-g64"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_quantised_layers_run_as_transformers_runs_them(
+    architecture: str, recipe: str, isa: str
+) -> None:
+    """A rounding that falls the other way moves a few logits; the rest are equal."""
+    model = quantised(architecture, recipe)
+    decoder = build_decoder(model)
+    logits = decode_all(decoder, TOKENS, prompt=17)
+    exact = target_logits(model, TOKENS)[16:]
+    assert (logits - exact).norm() / exact.norm() < 0.02
+    assert (logits - exact).abs().median() < 1e-4
+    assert decoder.weight_bytes < sum(p.numel() * 4 for p in tiny_model(architecture).parameters())
+
+
+def quantised(architecture: str, recipe: str):
+    from saltire.quant import quantize
+
+    model = tiny_model(architecture, hidden_size=64, intermediate_size=128)
+    calibration = random_tokens(model, 4, 64, seed=1)
+    return quantize(model, tiny_tokenizer(), recipe, calibration)
+
+
+def test_quantised_rows_depend_on_nothing_else_bitwise(isa: str) -> None:
+    decoder = build_decoder(quantised("llama", "w4a4"))
+    single, several = decoder.new_cache(1, 64), decoder.new_cache(1, 64)
+    for cache in (single, several):
+        decoder.prefill(cache, [TOKENS[:21]])
+    one_by_one = torch.cat([decoder.step(single, [[t]]).logits for t in TOKENS[21:]])
+    assert torch.equal(decoder.step(several, [TOKENS[21:]]).logits, one_by_one)
+    prefilled = decoder.new_cache(1, 64)
+    decoder.prefill(prefilled, [TOKENS[:21]])
+    alone = decoder.new_cache(2, 64)
+    both = decoder.prefill(alone, [TOKENS[:21], TOKENS[3:9]]).logits
+    again = decoder.new_cache(1, 64)
+    assert torch.equal(both[0], decoder.prefill(again, [TOKENS[:21]]).logits[0])
+
+
+def test_low_rank_branches_and_biases_are_added(isa: str) -> None:
+    from saltire.nn.linear_format import LinearFormat
+    from saltire.nn.quant_linear import QuantLinear
+
+    model = quantised("qwen2", "w4a8")
+    generator = torch.Generator().manual_seed(5)
+    for block in model.model.layers:
+        for parent, name in ((block.self_attn, "k_proj"), (block.mlp, "down_proj")):
+            old = getattr(parent, name)
+            format = LinearFormat.from_dict({**old.format.to_dict(), "rank": 3})
+            new = QuantLinear(old.in_features, old.out_features, format, old.bias is not None)
+            state = dict(old.state_dict())
+            state["low_rank_in"] = torch.randn(old.in_features, 3, generator=generator) * 0.2
+            state["low_rank_out"] = torch.randn(3, old.out_features, generator=generator) * 0.2
+            new.load_state_dict(state)
+            setattr(parent, name, new)
+    logits = decode_all(build_decoder(model), TOKENS, prompt=17)
+    exact = target_logits(model, TOKENS)[16:]
+    assert (logits - exact).norm() / exact.norm() < 0.02
+    plain = target_logits(quantised("qwen2", "w4a8"), TOKENS)[16:]
+    assert (exact - plain).norm() / exact.norm() > 0.05

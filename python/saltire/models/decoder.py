@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from saltire.errors import SaltireError
@@ -57,7 +56,7 @@ def build_decoder(model: PreTrainedModel) -> Decoder:
         sizes,
         config.rms_norm_eps,
         embedding.weight,
-        head.weight,
+        LinearWeights.of("lm_head", head),
         norm.weight,
         layers,
         rotation,
@@ -111,19 +110,6 @@ def _layer(block: nn.Module, groups: tuple[tuple[str, ...], ...], window: int) -
         post_norm=post_norm,
         q_norm=norm(attention, "q_norm"),
         k_norm=norm(attention, "k_norm"),
-        linears=tuple(_linear(name, block.get_submodule(name)) for name in names),
+        linears=tuple(LinearWeights.of(name, block.get_submodule(name)) for name in names),
         window=window,
     )
-
-
-def _linear(name: str, module: Any) -> LinearWeights:
-    if not isinstance(module, nn.Linear):
-        raise SaltireError(
-            f"{name} is a {type(module).__name__}; the decoder runs nn.Linear in "
-            "float32, bfloat16 or float16."
-        )
-    if module.weight.device.type != "cpu":
-        raise SaltireError(f"{name} is on {module.weight.device}; move the model with .cpu().")
-    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise SaltireError(f"{name} is {module.weight.dtype}; cast the model to float32.")
-    return LinearWeights(module.weight, module.bias)

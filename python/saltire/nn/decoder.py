@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saltire.errors import SaltireError
 from saltire.nn.kv_cache import KVCache
+from saltire.nn.quant_linear import QuantLinear
 from saltire.ops.decoder_layer import (
     ATTENTION,
     MLP,
@@ -38,10 +39,49 @@ class DecoderSizes:
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """weight: f32, bf16 or f16 [N, K]; bias: [N] or None."""
+    """A linear layer: dense, or with ``act_bits`` a quantised one (see ``QuantLinear``).
+
+    weight: f32, bf16 or f16 [N, K], or the prepacked uint8 buffer. bias: [N] or None.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    act_bits: int = 0
+    clip: float = 1.0
+    hadamard: int = 1
+    diag: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    low_rank_in: Tensor | None = None
+    low_rank_out: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> LinearWeights:
+        """The weights of an nn.Linear or a QuantLinear on the CPU, shared; else SaltireError."""
+        if isinstance(module, QuantLinear):
+            format = module.format
+            return cls(
+                weight=module.prepare(),
+                bias=module.bias,
+                act_bits=format.act_bits,
+                clip=format.clip,
+                hadamard=format.hadamard,
+                diag=module.diag,
+                left=module.left,
+                right=module.right,
+                low_rank_in=module.low_rank_in,
+                low_rank_out=module.low_rank_out,
+            )
+        if not isinstance(module, nn.Linear):
+            raise SaltireError(
+                f"{name} is a {type(module).__name__}; the decoder runs nn.Linear in "
+                "float32, bfloat16 or float16, and QuantLinear."
+            )
+        if module.weight.device.type != "cpu":
+            raise SaltireError(f"{name} is on {module.weight.device}; move the model with .cpu().")
+        if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise SaltireError(f"{name} is {module.weight.dtype}; cast the model to float32.")
+        return cls(module.weight, module.bias)
 
 
 @dataclass(frozen=True)
@@ -66,6 +106,47 @@ class StepResult:
     share: Tensor
 
 
+class _Description:
+    """The flat form of a model that ``decoder_open`` reads."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        self.tensors = [embedding.detach()]
+        self.values: list[int] = []
+        self.clips: list[float] = []
+
+    def add(self, tensor: Tensor | None, as_float: bool = False) -> None:
+        if tensor is None:
+            self.values.append(-1)
+            return
+        tensor = tensor.detach()
+        self.tensors.append(tensor.float().contiguous() if as_float else tensor)
+        self.values.append(len(self.tensors) - 1)
+
+    def add_linear(self, linear: LinearWeights) -> None:
+        self.add(linear.weight)
+        self.add(linear.bias, as_float=True)
+        self.values.append(linear.act_bits)
+        self.clips.append(linear.clip)
+        if linear.act_bits:
+            self.values.append(linear.hadamard)
+            for factor in (linear.diag, linear.left, linear.right):
+                self._add_shared(factor)
+            self.add(linear.low_rank_in)
+            self.add(linear.low_rank_out)
+
+    def _add_shared(self, factor: Tensor | None) -> None:
+        """Layers that read one input have equal factors in tensors of their own: name one of them,
+        so that the decoder sees that they are the same."""
+        recent = range(max(1, len(self.tensors) - 12), len(self.tensors))
+        if factor is not None:
+            for index in recent:
+                other = self.tensors[index]
+                if other.dtype == factor.dtype and torch.equal(other, factor):
+                    self.values.append(index)
+                    return
+        self.add(factor)
+
+
 class Decoder:
     """Llama, Mistral, Qwen2 or Qwen3 on Saltire's kernels; shares the weights it is made from.
 
@@ -79,31 +160,22 @@ class Decoder:
         sizes: DecoderSizes,
         eps: float,
         embedding: Tensor,
-        head: Tensor,
+        head: LinearWeights,
         final_norm: Tensor,
         layers: Sequence[LayerWeights],
         rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         """rotation: positions [T] -> cosines and sines, f32 [T, head_dim / 2] each."""
         self.sizes, self.layers = sizes, len(layers)
-        tensors = [embedding, head, final_norm.detach().float().contiguous()]
-        description: list[int] = []
-
-        def add(tensor: Tensor | None, plain: bool = True) -> None:
-            if tensor is None:
-                description.append(-1)
-                return
-            tensor = tensor.detach()
-            tensors.append(tensor.float().contiguous() if plain else tensor)
-            description.append(len(tensors) - 1)
-
+        description = _Description(embedding)
+        description.add(final_norm, as_float=True)
+        description.add_linear(head)
         for layer in layers:
-            description.append(layer.window)
+            description.values.append(layer.window)
             for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
-                add(norm)
+                description.add(norm, as_float=True)
             for linear in layer.linears:
-                add(linear.weight, plain=False)
-                add(linear.bias)
+                description.add_linear(linear)
         shape = (
             sizes.hidden,
             sizes.ffn,
@@ -112,13 +184,13 @@ class Decoder:
             sizes.head_dim,
             sizes.vocabulary,
         )
-        detached = [tensor.detach() for tensor in tensors]
-        self._handle = decoder_open(detached, shape, description, eps)
+        tensors = description.tensors
+        self._handle = decoder_open(tensors, shape, description.values, description.clips, eps)
         weakref.finalize(self, decoder_close, self._handle)
         self._rotation_of = rotation
         self._rotation = torch.empty(0, 2, sizes.head_dim // 2)
         self.all_units = torch.full((self.layers,), ATTENTION | MLP, dtype=torch.uint8)
-        unique = {t.data_ptr(): t.numel() * t.element_size() for t in detached}
+        unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         self.weight_bytes = sum(unique.values())
 
     def new_cache(self, sequences: int, slots: int, dtype: torch.dtype = torch.float32) -> KVCache:

@@ -9,6 +9,8 @@ from saltire.ops.lowbit_gemm import (
     unprepack_weight,
 )
 from saltire.ops.sequence import Ordering, best_ordering, best_path
+from saltire.ops.skip_plan import skip_plan_select
+from saltire.ops.speculate import draw_tokens, speculate_verify, warp_logits
 from saltire.ops.token_stats import (
     TokenStats,
     linear_token_stats,
@@ -26,6 +28,7 @@ __all__ = [
     "best_ordering",
     "best_path",
     "current_isa",
+    "draw_tokens",
     "force_isa",
     "isa_reason",
     "linear_token_stats",
@@ -34,10 +37,13 @@ __all__ = [
     "pack_weight",
     "prepack_weight",
     "sharded_token_stats",
+    "skip_plan_select",
+    "speculate_verify",
     "token_stats",
     "top_entropy_mask",
     "transform",
     "transform_quantize",
     "unpack_weight",
     "unprepack_weight",
+    "warp_logits",
 ]

@@ -23,18 +23,27 @@ MAX_HEAD_DIM = 256
 
 
 def decoder_open(
-    tensors: Sequence[Tensor], sizes: Sequence[int], layers: Sequence[int], eps: float
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    description: Sequence[int],
+    clips: Sequence[float],
+    eps: float,
 ) -> Tensor:
     """Open a decoder on tensors that already exist; nothing is copied.
 
-    tensors: embedding [V, D], head [V, D] (both f32, bf16 or f16), final norm f32 [D], then any
-    others. sizes: hidden, ffn, heads, kv_heads, head_dim, vocabulary. layers: 19 values a layer:
-    window (0: none); indexes into tensors of input_norm, post_norm, q_norm, k_norm (-1: none); then
-    weight and bias of q, k, v, o, gate, up, down. Norms and biases are f32.
+    tensors: the embedding, f32, bf16 or f16 [V, D], then any others. sizes: hidden, ffn, heads,
+    kv_heads, head_dim, vocabulary. description, by index into tensors (-1: none): final norm; the
+    head as a linear; then for each layer its window (0: none), input_norm, post_norm, q_norm,
+    k_norm and the linears q, k, v, o, gate, up, down. A linear is weight, bias and the bits of its
+    activations; 0 bits: the weight is f32, bf16 or f16 [N, K]; else it is a prepacked uint8 buffer
+    and the Hadamard block, diag, left, right, low_rank_in and low_rank_out follow. clips: one for
+    each linear, in the same order. Norms and biases are f32.
     Returns the handle, int64 [1]; the tensors live until ``decoder_close``. Raises SaltireError.
     """
     try:
-        return torch.ops.saltire.decoder_open(list(tensors), list(sizes), list(layers), eps)
+        return torch.ops.saltire.decoder_open(
+            list(tensors), list(sizes), list(description), list(clips), eps
+        )
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
 
@@ -110,7 +119,9 @@ def _(
 
 
 @torch.library.register_fake("saltire::decoder_open")
-def _(tensors: list[Tensor], sizes: list[int], layers: list[int], eps: float) -> Tensor:
+def _(
+    tensors: list[Tensor], sizes: list[int], description: list[int], clips: list[float], eps: float
+) -> Tensor:
     return tensors[0].new_empty((1,), dtype=torch.int64)
 
 
