@@ -6,8 +6,9 @@
 namespace saltire::decoder_layer {
 namespace {
 
-// Weights are fetched this many bytes ahead: about what a core takes from DRAM while it waits.
-constexpr int64_t kPrefetchBytes = 1024;
+// Weights are fetched at least this many bytes ahead, in whole tiles: the rows of a tile lie side
+// by side, so what follows one row is the next row of the same tile, which is being read anyway.
+constexpr int64_t kPrefetchBytes = 4096;
 
 inline void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
@@ -74,11 +75,14 @@ inline void dot_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t 
   }
   const int64_t whole = d.k / W::step * W::step;
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(type));
+  const int64_t tile = C * d.k;
+  const int64_t ahead =
+      tile * larger<int64_t>(1, kPrefetchBytes / (tile * static_cast<int64_t>(sizeof(type))));
   for (int64_t k = 0; k < whole; k += W::step) {
     V16 operand[C][W::parts];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      if (k % line == 0) prefetch(w[c] + k + kPrefetchBytes / static_cast<int64_t>(sizeof(type)));
+      if (k % line == 0) prefetch(w[c] + k + ahead);
       W::read(w[c] + k, operand[c]);
     }
 #pragma GCC unroll 8
@@ -114,11 +118,12 @@ inline void dot_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t 
   }
 }
 
-// Outputs side by side for R rows: as many accumulators as the registers hold, at most 8, for each
-// output is a stream of its own from memory.
+// Outputs side by side for R rows. Few rows wait for memory, which is fastest read as one rising
+// stream (one token in bf16: 10.6 ms against 13.2 ms with eight streams, 25 against 20 GB/s); more
+// rows compute, and share each load among as many accumulators as the registers hold.
 constexpr int outputs_of_tile(int R) {
   const int fit = kTileRegisters / R;
-  return fit > 8 ? 8 : fit < 1 ? 1 : fit;
+  return R <= 4 || fit < 1 ? 1 : fit;
 }
 
 template <Format format, int R>
