@@ -11,9 +11,11 @@ decode_w2_vs_llamacpp (>= 1.3), decode_bf16_vs_llamacpp (>= 1.2).
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +75,19 @@ def read_a_token(model) -> int:
     return decoder.weight_bytes - (0 if tied else embedding.numel() * embedding.element_size())
 
 
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """llama.cpp writes hundreds of lines about a model it requantises."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def llama_cpp(folder: Path, threads: int) -> list[Engine]:
     """llama.cpp in three formats; none if llama-cpp-python is not installed."""
     try:
@@ -91,7 +106,9 @@ def llama_cpp(folder: Path, threads: int) -> list[Engine]:
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype, settings.allow_requantize, settings.nthread = kind, True, threads
         source = str(default_model_path()).encode()
-        if llama_cpp.llama_model_quantize(source, str(path).encode(), settings):
+        with silent_stderr():
+            failed = llama_cpp.llama_model_quantize(source, str(path).encode(), settings)
+        if failed:
             print(f"{name}: llama.cpp could not requantise the model; left out")
             continue
         model = llama_cpp.Llama(

@@ -28,7 +28,8 @@ import torch
 
 HERE = Path(__file__).parent
 ROTATED_BYTES = 96 << 20  # three times an L3 of 32 MB: a weight has left it when its turn returns
-PAUSE = 0.01  # seconds; GNU OpenMP spins for about 4 ms
+PAUSE = 0.06  # seconds; onnxruntime's threads spin for about 40 ms after their work
+WARM = 0.01  # seconds
 
 
 def copies_past_l3(bytes_each: int) -> int:
@@ -83,10 +84,10 @@ class Rounds:
 def interleave(variants: Sequence[Variant], seconds: float, calls: int = 1) -> Rounds:
     """Time the variants in turns for about ``seconds``, at least five rounds.
 
-    Each turn is a pause, one untimed call, then ``calls`` timed ones, of which the mean counts. The
-    pause lets the threads of the variant before fall asleep: OpenMP's and onnxruntime's spin for
-    milliseconds after their work, on the cores that the next variant needs (measured:
-    onnxruntime took twice its time without the pause). The untimed call wakes the variant's own.
+    Each turn is a pause, 10 ms of untimed calls, then ``calls`` timed ones; their mean counts. The
+    pause lets the threads of the variant before fall asleep: OpenMP's and onnxruntime's spin on
+    after their work, on the cores that the next variant needs (measured: without it, either is
+    slowed tenfold). The untimed calls wake the variant's own threads and the cores.
     """
     timings = [Timing(variant.name) for variant in variants]
     turn = 0
@@ -94,12 +95,12 @@ def interleave(variants: Sequence[Variant], seconds: float, calls: int = 1) -> R
     while time.perf_counter() < end or len(timings[0].seconds) < 5:
         for variant, timing in zip(variants, timings, strict=True):
             time.sleep(PAUSE)
-            variant.run(turn)
-            start = time.perf_counter()
-            for call in range(1, calls + 1):
-                variant.run(turn + call)
+            awake = time.perf_counter() + WARM
+            while (start := time.perf_counter()) < awake:
+                variant.run(turn := turn + 1)
+            for _ in range(calls):
+                variant.run(turn := turn + 1)
             timing.seconds.append((time.perf_counter() - start) / calls)
-        turn += calls + 1
     return Rounds(timings)
 
 

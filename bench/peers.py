@@ -6,10 +6,24 @@ All take f32 or bf16 activations and return the same; what they do inside is sai
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy
 import torch
 from harness import Variant
 from torch import Tensor
+
+
+@cache
+def share_threads(threads: int) -> None:
+    """One pool for all sessions of onnxruntime, once a process.
+
+    A session's own threads spin for some 30 ms after each call; a dozen of them would fight one
+    another, and whatever is timed next, for the cores.
+    """
+    import onnxruntime as ort
+
+    ort.set_global_thread_pool_sizes(threads, 1)
 
 
 def onnxruntime_matmul_nbits(
@@ -25,10 +39,11 @@ def onnxruntime_matmul_nbits(
     except ImportError:
         print("onnxruntime or onnx is not installed: pip install 'saltire[bench]'")
         return None
+    share_threads(torch.get_num_threads())
     M, K = x.shape
     N = scale.shape[0]
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     calls = []
     for packed in weights:

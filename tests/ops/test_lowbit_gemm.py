@@ -355,3 +355,19 @@ def test_a_truncated_buffer_is_refused() -> None:
     problem = make_problem(3, 40, 128)
     with pytest.raises(SaltireError, match="truncated"):
         call(problem, w=problem.prepacked[:-64])
+
+
+@pytest.mark.slow
+def test_offsets_do_not_wrap_beyond_two_to_the_31_outputs() -> None:
+    """Needs about 5 GB: more than 2**31 results in bf16."""
+    M, N, K = 2**20 + 16, 2048, 64
+    assert M * N > 2**31
+    codes = torch.randint(-7, 8, (16, K), dtype=torch.int8).repeat(M // 16, 1)
+    codes[-16:] = torch.randint(-7, 8, (16, K), dtype=torch.int8)
+    scale, total = torch.ones(M), codes.sum(1, keepdim=True, dtype=torch.int32)
+    packed = pack_weight(torch.randint(0, 16, (N, K), dtype=torch.uint8), 4)
+    weight = prepack_weight(packed, torch.rand(N, 1), None, 4)
+    options = {"n": N, "bits": 4, "act_bits": 4, "out_dtype": torch.bfloat16}
+    got = lowbit_gemm(codes, scale, total, weight, **options)
+    want = lowbit_gemm(codes[-16:].clone(), scale[-16:], total[-16:], weight, **options)
+    assert torch.equal(got[-16:], want)

@@ -219,3 +219,17 @@ def test_bad_input_is_refused_with_what_was_expected(x, options, message) -> Non
     bits = options.pop("bits", 4) if "bits" in options else 4
     with pytest.raises(SaltireError, match=message):
         ops.transform_quantize(x, bits, **options)
+
+
+@pytest.mark.slow
+def test_offsets_do_not_wrap_beyond_two_to_the_31_elements() -> None:
+    """Needs about 9 GB: 2**31 + 64 Ki values in bf16 and their codes."""
+    K, M = 4096, 2**19 + 16
+    assert M * K > 2**31
+    x = torch.empty(M, K, dtype=torch.bfloat16)
+    x[:] = torch.randn(K).bfloat16()
+    x[-8:] = torch.randn(8, K).bfloat16()
+    got = ops.transform_quantize(x, 8, hadamard=64)
+    want = ops.transform_quantize(x[-8:].clone(), 8, hadamard=64)
+    for whole, end in zip(got, want, strict=True):
+        assert torch.equal(whole[-8:], end)
