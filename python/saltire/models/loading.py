@@ -57,6 +57,18 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(spec: str | Path = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; spec and errors as for ``load_model``."""
+    source, options = _source(spec)
+    from transformers import AutoTokenizer
+
+    try:
+        with _no_gguf_bar():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
+        raise SaltireError(f"cannot load the tokenizer of {spec}: {_one_line(error)}") from error
+
+
 @contextlib.contextmanager
 def _no_gguf_bar() -> Iterator[None]:
     """Silence the bar that reading a GGUF shows whatever the logging settings say."""
