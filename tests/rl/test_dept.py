@@ -143,6 +143,16 @@ def test_forfeits_teach_their_player_and_leave_the_baselines_alone():
     assert state.report()["dept/g/entropy"] == 1.0
 
 
+def test_a_forfeit_never_earns_more_than_losing():
+    state = dept()
+    for _ in range(100):
+        state.advantages([match(WIN)] * 8)
+    batch = [match(WIN)] * 6 + [match(LOSS), match(WIN, (1,), (0.0, -1.5))]
+    got = state.advantages(batch)
+    assert got[-1][1] == pytest.approx(got[0][1] - 0.5)
+    assert got[0][1] < got[-2][1]
+
+
 def test_a_rare_ordinary_loss_never_earns_after_format_errors():
     state = dept()
     for _ in range(50):

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from saltire import __version__
 from saltire.cli import _console
@@ -29,9 +30,13 @@ def doctor(json: bool = _console.JSON_OPTION) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             for extra, state in value.items():
-                _console.out.print(f"[bold]extra {extra:<12}[/] {state}", highlight=False)
+                _console.out.print(
+                    f"[bold]extra {extra:<12}[/] {escape(str(state))}", highlight=False
+                )
         else:
-            _console.out.print(f"[bold]{name.replace('_', ' '):<18}[/] {value}", highlight=False)
+            _console.out.print(
+                f"[bold]{name.replace('_', ' '):<18}[/] {escape(str(value))}", highlight=False
+            )
 
 
 def collect() -> dict[str, Any]:

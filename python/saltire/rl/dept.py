@@ -12,8 +12,9 @@ an asymmetric value: the best the role has known for the dominant outcome, the w
 Source: "Breaking the Impasse" (arXiv 2605.08721). Where it is silent we chose: averages move once
 per batch by the role's mean and are read before they move; outcomes are labels of matches; H is
 normalised by the K outcomes that the game can have; running extremes start at 0 with the averages;
-matches with a forfeit change neither averages nor entropy, and get the slow baseline alone, so that
-a penalty below the worst result never becomes V_min. Advantages are never re-centred: their mean is
+matches with a forfeit change neither averages nor entropy, so that a penalty below the worst result
+never becomes V_min, and are valued as the dominant outcome, so that breaking the format never earns
+more than losing. Advantages are never re-centred: their mean is
 the push.
 """
 
@@ -191,9 +192,8 @@ class Dept:
 
     @staticmethod
     def _advantage(match: MatchOutcome, reward: float, push: _Push) -> float:
-        if match.forfeits:
-            return reward - push.slow
-        value = push.highest if match.outcome == push.dominant else push.lowest
+        expected = match.forfeits or match.outcome == push.dominant
+        value = push.highest if expected else push.lowest
         return shaped_advantage(reward, push.slow, push.weight, value)
 
     def _log(self, game: str, role: str, push: _Push) -> None:
