@@ -14,7 +14,7 @@ from saltire.files import replacing_file
 from saltire.report.synthesis import write_page
 from saltire.synth import SynthConfig, synthesise
 
-DOCUMENTS, PARAGRAPHS, SHORTEST = 64, 6, 400
+DOCUMENTS, PARAGRAPHS, SHORTEST = 48, 6, 400
 
 
 def run(folder: Path, console: Console) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
     if out.exists():
         shutil.rmtree(out)  # a demo is run again from the start
     # Words that two documents share find neighbours here; the minilm encoder is an extra.
-    config = SynthConfig(target_tokens=4096, encoder="lexical", format="jsonl.zst", group_size=12)
+    config = SynthConfig(target_tokens=4096, encoder="lexical", format="jsonl.zst", edges=3)
     facts = synthesise([str(source)], out, config)
     write_page(out)
     console.print(
