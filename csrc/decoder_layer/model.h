@@ -1,22 +1,24 @@
 // What a step works on: the weights of a model, a cache, the rows of a step, and scratch memory.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "core/quant_linear.h"
+#include "decoder_layer/memory.h"
 #include "decoder_layer/op.h"
 
 namespace saltire::decoder_layer {
 
-// A linear layer: dense, or quantised (then `w` is null and n, k are the packed weight's).
+// A linear layer: dense, or quantised (then `w` is null and n, k are the packed weight's), or of
+// two quantised factors: then `packed` is [R, K], and `second` [N, R] takes the ranks to the
+// outputs.
 struct Linear : Dense {
   bool quantised = false;
   TokenQuantizer input;
   PackedWeight packed;
   const float* low_rank_in = nullptr;  // [K, R]
+  std::shared_ptr<const Linear> second;
 
   // Whether what was prepared for this layer serves the other, which reads the same rows.
   bool shares_input(const Linear& other) const {
@@ -107,34 +109,14 @@ struct StepArguments {
   bool prefill = false;
 };
 
-// Aligned floats, kept between steps and never smaller than before.
-class Floats {
- public:
-  float* get(int64_t count) {
-    if (count > size_) {
-      const size_t bytes = static_cast<size_t>(round_up(count, 16)) * sizeof(float);
-      block_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      if (block_ == nullptr) throw std::bad_alloc();
-      size_ = count;
-    }
-    return block_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> block_;
-  int64_t size_ = 0;
-};
-
 // Layers that read the same rows: q, k and v.
 constexpr int kSharers = 3;
 
-// Memory of a step; one for each open decoder. The codes are bytes, kept in floats for alignment.
+// Memory of a step; one for each open decoder.
 struct Workspace {
   Floats state, normed, staged, q, k, v, attended, gate, up, projected, head_rows;
-  Floats codes, packed_codes, scales, sums, shifts, low_rank[kSharers];
+  Floats low_rank[kSharers], ranks[kSharers];
+  CodeRows input, rank_codes[kSharers];
   std::vector<Best> best;
 };
 

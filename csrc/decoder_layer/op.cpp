@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <tuple>
 
 #include "core/isa.h"
@@ -90,12 +91,13 @@ class Reader {
     return static_cast<const float*>(t->const_data_ptr());
   }
 
-  // weight, bias, activation bits (0: dense), Hadamard block, diag, left, right, low-rank in and
-  // out.
+  // weight, bias, activation bits (0: dense), whether a second factor follows, Hadamard block,
+  // diag, left, right, low-rank in and out, and then the second factor.
   Linear linear(const char* name, int64_t n, int64_t k) {
     const Tensor* weight = tensor(name, false);
     const float* bias = vector(name, n, true);
     const int64_t act_bits = next();
+    const bool factored = act_bits != 0 && next() != 0;
     SALTIRE_CHECK(linears_ < clips_.size(), kOp, ": ", clips_.size(),
                   " clips; expected one for every linear layer.");
     const double clip = clips_[linears_++];
@@ -112,10 +114,18 @@ class Reader {
     out.packed.bytes = weight->numel();
     check_dtype(kOp, name, *weight, ScalarType::Byte);
     quant_kernels().open_weight(kOp, out.packed);
-    SALTIRE_CHECK(out.packed.n == n && out.packed.k == k, kOp, ": ", name, " was prepacked as [",
-                  out.packed.n, ", ", out.packed.k, "]; expected [", n, ", ", k, "].");
+    SALTIRE_CHECK((factored || out.packed.n == n) && out.packed.k == k, kOp, ": ", name,
+                  " was prepacked as [", out.packed.n, ", ", out.packed.k, "]; expected [",
+                  factored ? "R" : std::to_string(n), ", ", k, "].");
     out.packed.bias = bias;
     read_input(name, act_bits, clip, out);
+    if (factored) {
+      auto second = std::make_shared<Linear>(linear(name, n, out.packed.n));
+      SALTIRE_CHECK(second->quantised && second->second == nullptr && second->packed.rank == 0 &&
+                        out.packed.rank == 0 && bias == nullptr,
+                    kOp, ": ", name, " has a second factor that is not a plain quantised layer.");
+      out.second = std::move(second);
+    }
     return out;
   }
 

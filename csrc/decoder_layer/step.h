@@ -96,6 +96,7 @@ class Step {
     DenseRows dense;
     QuantRows quant;
     const float* low_rank[kSharers] = {};
+    QuantRows ranks[kSharers];  // of the layers of two factors
   };
 
   // x [M, K] -> what the layers read, and where it then lies. gain: normalise on the way.
@@ -106,6 +107,7 @@ class Step {
     const Linear& first = **layers.begin();
     if (first.quantised) {
       prepare_codes(x, rows, k, gain, layers, out);
+      prepare_ranks(rows, layers, out);
     } else if (panels_) {
       out.dense.x = gain == nullptr ? x : normalise(x, rows, k, gain);
       out.dense.x_stride = k;
@@ -146,12 +148,8 @@ class Step {
                      std::initializer_list<const Linear*> layers, Rows& out) {
     const Linear& first = **layers.begin();
     const QuantKernels& quant = quant_kernels();
-    const int64_t groups = k / first.packed.group;
-    auto* codes = reinterpret_cast<int8_t*>(work_.codes.get((rows * k + 3) / 4));
-    auto* packed = reinterpret_cast<int8_t*>(work_.packed_codes.get((rows * k + 3) / 4));
-    auto* sums = reinterpret_cast<int32_t*>(work_.sums.get(rows * groups));
-    float* scales = work_.scales.get(rows);
-    float* shifts = work_.shifts.get(rows * groups);
+    CodeRows& to = work_.input;
+    to.open(first.input, first.packed, rows);
     float* low_rank[kSharers] = {};
     int at = 0;
     for (const Linear* layer : layers) {
@@ -174,23 +172,65 @@ class Step {
             if (R > 0) kernels_.low_rank(row, layer->low_rank_in, k, R, low_rank[i] + m * R);
             ++i;
           }
-          float* scratch = thread_scratch(static_cast<size_t>(3 * round_up(k, 16)));
-          quant.quantize_token(first.input, row, codes + m * k, scales + m, sums + m * groups,
-                               scratch);
+          to.quantize(row, m);
         }
-        quant.pack(first.packed, codes, sums, rows, tile, packed, shifts);
+        to.pack(tile);
       }
     });
-    out.quant.rows = rows;
-    out.quant.act_bits = first.input.act_bits;
-    out.quant.x = packed;
-    out.quant.scale = scales;
-    out.quant.shift = shifts;
+    out.quant = to.ready();
+  }
+
+  // First factors: the ranks of all layers in one phase, then the codes of these. They are M·R
+  // floats that were just written: the rounding finds them in the cache.
+  void prepare_ranks(int64_t rows, std::initializer_list<const Linear*> layers, Rows& out) {
+    struct Part {
+      const Linear* layer;
+      float* ranks;
+      CodeRows* to;
+      int64_t first_panel;  // counted through all of them
+    };
+    Part parts[kSharers];
+    int count = 0, place = 0;
+    int64_t all = 0;
+    for (const Linear* layer : layers) {
+      if (layer->second != nullptr) {
+        const int64_t R = layer->packed.n;
+        CodeRows& to = work_.rank_codes[place];
+        to.open(layer->second->input, layer->second->packed, rows);
+        parts[count++] = {layer, work_.ranks[place].get(rows * R), &to, all};
+        out.ranks[place] = to.ready();
+        all += (R + kPanel - 1) / kPanel;
+      }
+      ++place;
+    }
+    team_.run(all, share(all), [&](int64_t begin, int64_t end) {
+      for (int i = 0; i < count; ++i) {
+        const PackedWeight& w = parts[i].layer->packed;
+        const int64_t from = std::max(begin - parts[i].first_panel, int64_t{0}) * kPanel;
+        const int64_t to = std::min((end - parts[i].first_panel) * kPanel, w.n);
+        if (from < to) quant_kernels().multiply(w, out.quant, parts[i].ranks, from, to);
+      }
+    });
+    const int64_t tiles = quant_kernels().tiles(rows);
+    team_.run(tiles * count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Part& part = parts[i / tiles];
+        const int64_t tile = i % tiles, last = quant_kernels().tile_begin(rows, tile + 1);
+        for (int64_t m = quant_kernels().tile_begin(rows, tile); m < last; ++m) {
+          part.to->quantize(part.ranks + m * part.layer->packed.n, m);
+        }
+        part.to->pack(tile);
+      }
+    });
   }
 
   // Outputs [begin, end) of the layer that was `place`-th when its rows were prepared.
   void multiply(const Linear& w, const Rows& rows, int place, float* y, int64_t begin,
                 int64_t end) {
+    if (w.second != nullptr) {
+      quant_kernels().multiply(w.second->packed, rows.ranks[place], y, begin, end);
+      return;
+    }
     if (w.quantised) {
       QuantRows quant = rows.quant;
       quant.low_rank_x = rows.low_rank[place];

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from saltire.errors import SaltireError
+from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.kv_cache import KVCache
 from saltire.nn.quant_linear import QuantLinear
 from saltire.ops.decoder_layer import (
@@ -41,7 +42,8 @@ class DecoderSizes:
 class LinearWeights:
     """A linear layer: dense, or with ``act_bits`` a quantised one (see ``QuantLinear``).
 
-    weight: f32, bf16 or f16 [N, K], or the prepacked uint8 buffer. bias: [N] or None.
+    weight: f32, bf16 or f16 [N, K], or the prepacked uint8 buffer. bias: [N] or None. second: the
+    second of two quantised factors; the rest is then the first, [R, K].
     """
 
     weight: Tensor
@@ -54,10 +56,14 @@ class LinearWeights:
     right: Tensor | None = None
     low_rank_in: Tensor | None = None
     low_rank_out: Tensor | None = None
+    second: LinearWeights | None = None
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> LinearWeights:
-        """The weights of an nn.Linear or a QuantLinear on the CPU, shared; else SaltireError."""
+        """The weights of an nn.Linear, a QuantLinear or a FactoredQuantLinear on the CPU, shared;
+        else SaltireError."""
+        if isinstance(module, FactoredQuantLinear):
+            return replace(cls.of(name, module.down), second=cls.of(name, module.up))
         if isinstance(module, QuantLinear):
             format = module.format
             return cls(
@@ -75,7 +81,7 @@ class LinearWeights:
         if not isinstance(module, nn.Linear):
             raise SaltireError(
                 f"{name} is a {type(module).__name__}; the decoder runs nn.Linear in "
-                "float32, bfloat16 or float16, and QuantLinear."
+                "float32, bfloat16 or float16, QuantLinear and FactoredQuantLinear."
             )
         if module.weight.device.type != "cpu":
             raise SaltireError(f"{name} is on {module.weight.device}; move the model with .cpu().")
@@ -128,11 +134,14 @@ class _Description:
         self.values.append(linear.act_bits)
         self.clips.append(linear.clip)
         if linear.act_bits:
+            self.values.append(int(linear.second is not None))
             self.values.append(linear.hadamard)
             for factor in (linear.diag, linear.left, linear.right):
                 self._add_shared(factor)
             self.add(linear.low_rank_in)
             self.add(linear.low_rank_out)
+        if linear.second is not None:
+            self.add_linear(linear.second)
 
     def _add_shared(self, factor: Tensor | None) -> None:
         """Layers that read one input have equal factors in tensors of their own: name one of them,

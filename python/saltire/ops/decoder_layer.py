@@ -36,7 +36,8 @@ def decoder_open(
     head as a linear; then for each layer its window (0: none), input_norm, post_norm, q_norm,
     k_norm and the linears q, k, v, o, gate, up, down. A linear is weight, bias and the bits of its
     activations; 0 bits: the weight is f32, bf16 or f16 [N, K]; else it is a prepacked uint8 buffer
-    and the Hadamard block, diag, left, right, low_rank_in and low_rank_out follow. clips: one for
+    and these follow: 1 if it is the first of two factors, else 0; the Hadamard block, diag, left,
+    right, low_rank_in and low_rank_out; then the second factor, a linear as well. clips: one for
     each linear, in the same order. Norms and biases are f32.
     Returns the handle, int64 [1]; the tensors live until ``decoder_close``. Raises SaltireError.
     """

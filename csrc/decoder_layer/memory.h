@@ -1,0 +1,78 @@
+// Memory that a decoder keeps between steps, and rows on their way to quantised products in it.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "core/cpu/scratch.h"
+#include "core/quant_linear.h"
+#include "decoder_layer/op.h"
+
+namespace saltire::decoder_layer {
+
+// Aligned floats, kept between steps and never smaller than before.
+class Floats {
+ public:
+  float* get(int64_t count) {
+    if (count > size_) {
+      const size_t bytes = static_cast<size_t>(round_up(count, 16)) * sizeof(float);
+      block_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (block_ == nullptr) throw std::bad_alloc();
+      size_ = count;
+    }
+    return block_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> block_;
+  int64_t size_ = 0;
+};
+
+// Rows that become codes, and the codes tile by tile as the products read them.
+class CodeRows {
+ public:
+  // Makes room for so many rows of inputs of a layer.
+  void open(const TokenQuantizer& how, const PackedWeight& weight, int64_t rows) {
+    how_ = &how;
+    weight_ = &weight;
+    rows_ = rows;
+    groups_ = how.k / weight.group;
+    codes_.get((rows * how.k + 3) / 4);
+    packed_.get((rows * how.k + 3) / 4);
+    scales_.get(rows);
+    sums_.get(rows * groups_);
+    shifts_.get(rows * groups_);
+  }
+
+  // Row m from x [K].
+  void quantize(const float* x, int64_t m) {
+    float* scratch = thread_scratch(static_cast<size_t>(3 * round_up(how_->k, 16)));
+    quant_kernels().quantize_token(*how_, x, bytes(codes_) + m * how_->k, scales_.get(0) + m,
+                                   sums() + m * groups_, scratch);
+  }
+
+  // After all rows of the tile.
+  void pack(int64_t tile) {
+    quant_kernels().pack(*weight_, bytes(codes_), sums(), rows_, tile, bytes(packed_),
+                         shifts_.get(0));
+  }
+
+  QuantRows ready() {
+    return {rows_, how_->act_bits, bytes(packed_), scales_.get(0), shifts_.get(0), nullptr};
+  }
+
+ private:
+  static int8_t* bytes(Floats& floats) { return reinterpret_cast<int8_t*>(floats.get(0)); }
+  int32_t* sums() { return reinterpret_cast<int32_t*>(sums_.get(0)); }
+
+  const TokenQuantizer* how_ = nullptr;
+  const PackedWeight* weight_ = nullptr;
+  int64_t rows_ = 0, groups_ = 0;
+  Floats codes_, packed_, scales_, sums_, shifts_;  // codes and sums are kept in floats' memory
+};
+
+}  // namespace saltire::decoder_layer
