@@ -38,6 +38,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
+def read_option(text: str) -> tuple[str, Any]:
+    """``name=value`` from a command line; the value is read as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise SaltireError(f"--set {text}: expected name=value, such as turns=6.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SaltireError(f"--set {text}: {value!r} is not a YAML value.") from None
+
+
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Make the dataclass ``kind`` from ``values``; ``where`` is the path that errors name."""
     hints = get_type_hints(kind)

@@ -57,8 +57,9 @@ class DontSayIt(Game[Conversation, str]):
             "you lose when you say theirs, which you do not know.\n"
             "Steer the talk so that your word comes up naturally. "
             "Your move is your next message, in any words.\n"
-            f"After {self.turns} messages the match is drawn; {len(state.said)} were sent.\n"
+            f"After {self.turns} messages the match is drawn.\n"
             + (f"\n{said}\n" if said else "")
+            + f"\nMessages so far: {len(state.said)} of {self.turns}.\n"
         )
 
     def legal(self, state: Conversation) -> tuple[str, ...]:

@@ -65,7 +65,10 @@ class Game(ABC, Generic[State, Move]):
 
     @abstractmethod
     def observe(self, state: State, player: int) -> str:
-        """Everything that ``player`` may know: rules, own secrets, what has been said."""
+        """Everything that ``player`` may know: rules, own secrets, what has been said.
+
+        What changes from turn to turn comes last, so that a model's cache of the beginning holds.
+        """
 
     @abstractmethod
     def legal(self, state: State) -> tuple[str, ...]:

@@ -98,23 +98,22 @@ class Negotiation(Game[Trade, Bid]):
         goods = "\n".join(f"- {count} {good}, worth {value} each" for good, count, value in rows)
         said = "\n".join(f"Player {i % 2}: {one_line(m)}" for i, m in enumerate(state.said))
         text = (
-            f"You are player {player} in a negotiation of two. You hold, at your own values:\n"
-            f"{goods}\n"
-            "The other player values the same goods differently. After "
-            f"{self.turns} moves, the player whose goods gained more value wins; "
-            f"{len(state.said)} were made.\n"
+            f"You are player {player} in a negotiation of two. Each player holds goods; the other "
+            "player values the same goods differently. After "
+            f"{self.turns} moves, the player whose goods gained more value wins.\n"
             "Say what you like, and put your action in brackets: "
             "[Offer: 2 Wood -> 1 Ore] gives the first for the second, [Accept] takes the standing "
             "offer, [Deny] does not.\n"
         )
         if said:
             text += f"\n{said}\n"
+        text += f"\nYou hold, at your own values:\n{goods}\n"
         if state.offer is not None:
             text += (
                 f"\nStanding offer of player {state.offer.proposer}: "
                 f"{_in_words(state.offer.gives)} -> {_in_words(state.offer.wants)}\n"
             )
-        return text
+        return text + f"\nMoves so far: {len(state.said)} of {self.turns}.\n"
 
     def legal(self, state: Trade) -> tuple[str, ...]:
         player = self.turn(state)

@@ -97,9 +97,9 @@ class Undercover(Game[Round, Act]):
             "Each round everyone gives one clue, then all vote one player out. The majority wins "
             "when no spy is left, the spies win when they are as many as the rest or after "
             f"{self.rounds} rounds.\n"
-            f"Round {state.number}; still in: {', '.join(map(str, sorted(state.alive)))}.\n"
             + (f"\n{said}\n" if said else "")
-            + f"\n{task}\n"
+            + f"\nRound {state.number}; still in: {', '.join(map(str, sorted(state.alive)))}.\n"
+            + f"{task}\n"
         )
 
     def legal(self, state: Round) -> tuple[str, ...]:

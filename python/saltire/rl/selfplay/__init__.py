@@ -1,0 +1,15 @@
+"""Self-play: language models as agents of games, and training on how their matches end."""
+
+from saltire.rl.selfplay.agents import ModelAgent, Voice, open_agents, open_model
+from saltire.rl.selfplay.writers import DecoderWriter, Draft, RolloutWriter, Writer
+
+__all__ = [
+    "DecoderWriter",
+    "Draft",
+    "ModelAgent",
+    "RolloutWriter",
+    "Voice",
+    "Writer",
+    "open_agents",
+    "open_model",
+]

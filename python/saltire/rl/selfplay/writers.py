@@ -1,0 +1,281 @@
+"""Writers: what a model agent writes with; prompts go in one by one, completions come out as they
+end, and all that are under way share one batch of generation.
+
+What is written is decided by uniform numbers that come with the prompt, so that a match does not
+depend on which others are in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saltire.errors import SaltireError
+from saltire.nn.decoder import Decoder
+from saltire.nn.kv_cache import KVCache
+from saltire.rl.rollout import Rollout
+
+Key = tuple[int, int]  # (match, player): whose context it is
+
+BLOCK = 256  # entries of the distribution that are summed before the place is looked for
+FIRST_SLOTS = 256
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt to be continued. uniforms: f64 [T], one number for each token of at most T."""
+
+    key: Key
+    prompt: list[int]
+    uniforms: Tensor
+    temperature: float
+
+
+class Writer(Protocol):
+    """Continues prompts in batches."""
+
+    @property
+    def positions(self) -> int:
+        """The longest prompt with its completion."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        ...
+
+    def submit(self, draft: Draft) -> None:
+        """Take a prompt; no other of its key may be under way."""
+        ...
+
+    def advance(self) -> list[tuple[Key, list[int]]]:
+        """Work for a while; completions that have ended, with their stop token."""
+        ...
+
+    def forget(self, match: int) -> None:
+        """The match is over: its contexts are of no more use."""
+        ...
+
+
+class RolloutWriter:
+    """Everything that waits, in one call of a :class:`Rollout`: transformers, on any device."""
+
+    def __init__(self, rollout: Rollout, positions: int) -> None:
+        self.rollout, self.positions = rollout, positions
+        self._waiting: list[Draft] = []
+
+    @property
+    def busy(self) -> bool:
+        """See :class:`Writer`."""
+        return bool(self._waiting)
+
+    def submit(self, draft: Draft) -> None:
+        """See :class:`Writer`."""
+        self._waiting.append(draft)
+
+    def advance(self) -> list[tuple[Key, list[int]]]:
+        """See :class:`Writer`."""
+        drafts, self._waiting = self._waiting, []
+        done: list[tuple[Key, list[int]]] = []
+        for temperature in sorted({draft.temperature for draft in drafts}):
+            some = [draft for draft in drafts if draft.temperature == temperature]
+            uniforms = torch.stack([draft.uniforms for draft in some])
+            completions = self.rollout([draft.prompt for draft in some], uniforms, temperature)
+            done += [(d.key, c) for d, c in zip(some, completions, strict=True)]
+        return done
+
+    def forget(self, match: int) -> None:
+        """See :class:`Writer`."""
+        self._waiting = [draft for draft in self._waiting if draft.key[0] != match]
+
+
+@dataclass
+class _Seat:
+    """One sequence of the cache. held: the tokens whose keys and values it has."""
+
+    key: Key | None = None
+    held: list[int] = field(default_factory=list)
+    draft: Draft | None = None
+    written: list[int] = field(default_factory=list)
+    used: int = 0
+
+
+class DecoderWriter:
+    """The native decoder, with a cache that outlives a turn: only what a prompt adds to the last
+    one of its key is computed, and a newcomer joins the batch that is under way.
+
+    stop: tokens that end a completion. sequences: contexts kept at once; where there are more, the
+    one unused for longest is computed again when its turn comes.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        stop: list[int],
+        sequences: int = 64,
+        cache_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not stop:
+            raise SaltireError(
+                "the tokenizer has no end-of-sequence token, so no reply would end. Set one."
+            )
+        if sequences < 1:
+            raise SaltireError(f"sequences = {sequences}; expected at least 1.")
+        self.decoder, self.stop, self.dtype = decoder, set(stop), cache_dtype
+        self.positions = decoder.sizes.positions
+        self._seats = [_Seat() for _ in range(sequences)]
+        self._queue: list[Draft] = []
+        self._cache: KVCache | None = None
+        self._clock = 0
+        self.computed = 0  # prompt tokens that went through the model
+        self.reused = 0  # prompt tokens that the cache already had
+
+    @property
+    def busy(self) -> bool:
+        """See :class:`Writer`."""
+        return bool(self._queue) or any(seat.draft is not None for seat in self._seats)
+
+    def submit(self, draft: Draft) -> None:
+        """See :class:`Writer`."""
+        if not draft.prompt:
+            raise SaltireError("a prompt is empty; it needs at least one token.")
+        self._queue.append(draft)
+
+    def forget(self, match: int) -> None:
+        """See :class:`Writer`."""
+        self._queue = [draft for draft in self._queue if draft.key[0] != match]
+        for seat in self._seats:
+            if seat.key is not None and seat.key[0] == match:
+                seat.key, seat.draft = None, None
+
+    def restart(self) -> None:
+        """The weights have changed: nothing that was computed holds any more."""
+        for seat in self._seats:
+            seat.key, seat.held, seat.draft = None, [], None
+        self._queue.clear()
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[Key, list[int]]]:
+        """One token for everything under way. See :class:`Writer`."""
+        self._admit()
+        running = [(b, seat) for b, seat in enumerate(self._seats) if seat.draft and seat.written]
+        cache = self._cache
+        if running and cache is not None:
+            tokens: list[list[int]] = [[] for _ in self._seats]
+            for b, seat in running:
+                tokens[b] = [seat.written[-1]]
+            result = self.decoder.step(cache, tokens)
+            for _, seat in running:
+                seat.held.append(seat.written[-1])
+            self._draw([seat for _, seat in running], result.logits)
+        done = []
+        for seat in self._seats:
+            draft = seat.draft
+            if draft is None or not seat.written:
+                continue
+            if seat.written[-1] in self.stop or len(seat.written) == len(draft.uniforms):
+                done.append((draft.key, seat.written))
+                seat.draft, seat.written = None, []
+        return done
+
+    def _admit(self) -> None:
+        """Give waiting prompts a sequence; compute what is new of them, up to their first token."""
+        admitted: list[tuple[int, _Seat]] = []
+        while self._queue:
+            b = self._find(self._queue[0].key)
+            if b is None:
+                break
+            draft, seat = self._queue.pop(0), self._seats[b]
+            self._clock += 1
+            seat.key, seat.draft, seat.written, seat.used = draft.key, draft, [], self._clock
+            admitted.append((b, seat))
+        if not admitted:
+            return
+        cache = self._room(
+            max(len(s.draft.prompt) + len(s.draft.uniforms) for _, s in admitted if s.draft)
+        )
+        new: list[list[int]] = [[] for _ in self._seats]
+        for b, seat in admitted:
+            assert seat.draft is not None
+            prompt = seat.draft.prompt
+            kept = min(common(seat.held, prompt), len(prompt) - 1)
+            cache.roll_back(b, kept)
+            new[b], seat.held = prompt[kept:], list(prompt)
+            self.computed += len(new[b])
+            self.reused += kept
+        result = self.decoder.prefill(cache, new)
+        self._draw([seat for _, seat in sorted(admitted, key=lambda pair: pair[0])], result.logits)
+
+    def _find(self, key: Key) -> int | None:
+        """The sequence of ``key``, else a free one, else the one unused for longest."""
+        free: tuple[bool, int, int] | None = None
+        for b, seat in enumerate(self._seats):
+            if seat.key == key:
+                return b
+            if seat.draft is None:
+                candidate = (seat.key is not None, seat.used, b)
+                free = candidate if free is None else min(free, candidate)
+        return None if free is None else free[2]
+
+    def _room(self, slots: int) -> KVCache:
+        """The cache, grown to ``slots`` if it is smaller; what it holds is kept as it is."""
+        old = self._cache
+        if old is not None and old.slots >= slots:
+            return old
+        wanted = max(FIRST_SLOTS, slots, 2 * old.slots if old else 0)
+        cache = self.decoder.new_cache(len(self._seats), min(wanted, self.positions), self.dtype)
+        if old is not None:
+            cache.kv[..., : old.slots, :] = old.kv
+            if cache.scales is not None and old.scales is not None:
+                cache.scales[..., : old.slots] = old.scales
+            cache.lengths = list(old.lengths)
+        self._cache = cache
+        return cache
+
+    def _draw(self, seats: list[_Seat], logits: Tensor) -> None:
+        """Append a token to each, from its row of ``logits``."""
+        drafts = [seat.draft for seat in seats if seat.draft is not None]
+        uniforms = torch.stack(
+            [draft.uniforms[len(seat.written)] for draft, seat in zip(drafts, seats, strict=True)]
+        )
+        temperatures = torch.tensor([draft.temperature for draft in drafts])
+        for seat, token in zip(seats, draw(logits, uniforms, temperatures).tolist(), strict=True):
+            seat.written.append(token)
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices compare at the speed of C: halving beats walking
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
+    """The token at which the distribution function of softmax(logits / T) passes each uniform.
+
+    logits: f32 [m, V]. uniforms: f64 [m] in [0, 1). temperatures: f32 [m]; 0 takes the largest.
+    Returns int64 [m]. The running sum is taken over blocks first, then within one block, both in
+    float64: the same as one running sum over all, at a fraction of its cost.
+    """
+    m, V = logits.shape
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise SaltireError("the model's logits are not finite; its weights are damaged.")
+    greedy = temperatures == 0
+    scale = torch.where(greedy, 1.0, temperatures).unsqueeze(1)
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / scale).exp_()
+    weights = torch.nn.functional.pad(weights, (0, -V % BLOCK)).view(m, -1, BLOCK)
+    sums = weights.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    wanted = (uniforms * sums[:, -1]).unsqueeze(1)
+    block = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inner = weights[torch.arange(m), block.squeeze(1)].double().cumsum(dim=-1)
+    # Rounding may put the rest at the block's end; a token without weight must not follow.
+    rest = torch.minimum(wanted - before, inner[:, -1:] * (1 - 1e-12)).clamp(min=0)
+    place = torch.searchsorted(inner, rest, right=True).clamp(max=BLOCK - 1)
+    token = (block * BLOCK + place).squeeze(1)
+    return torch.where(greedy, logits.argmax(dim=-1), token)
