@@ -1,70 +1,13 @@
-// Attention over the static cache, and the append to it.
+// Attention over the static cache.
 #pragma once
 #include <type_traits>
 
 #include "core/cpu/vector16.h"
+#include "decoder_layer/cache.h"
 #include "decoder_layer/op.h"
 
 namespace saltire::decoder_layer {
 namespace {
-
-template <Format format>
-struct CacheElement;
-template <>
-struct CacheElement<Format::f32> {
-  using type = float;
-  static inline V16 read(const type* p) { return load(p); }
-};
-template <>
-struct CacheElement<Format::bf16> {
-  using type = uint16_t;
-  static inline V16 read(const type* p) { return load_bf16(p); }
-};
-template <>
-struct CacheElement<Format::i8> {
-  using type = int8_t;
-  static inline V16 read(const type* p) { return load_i8(p); }
-};
-
-// --- append ----------------------------------------------------------------------------------
-
-// Symmetric: scale = max|x| / 127.
-inline float int8_scale(const float* x, int64_t count) {
-  float most = 0.0f;
-  for (int64_t i = 0; i < count; ++i) most = larger(most, __builtin_fabsf(x[i]));
-  return most / 127.0f;
-}
-
-inline int8_t int8_code(float x, float scale) {
-  return scale > 0.0f ? static_cast<int8_t>(__builtin_nearbyintf(x / scale)) : int8_t{0};
-}
-
-inline void append(const CacheHead& cache, int64_t slot, const float* key, const float* value) {
-  const int64_t d = cache.head_dim;
-  const int64_t key_at = slot / kSlotBlock * kSlotBlock * d + slot % kSlotBlock;
-  const int64_t value_at = slot * d;
-  if (cache.format == Format::f32) {
-    auto* keys = static_cast<float*>(cache.keys) + key_at;
-    for (int64_t i = 0; i < d; ++i) keys[i * kSlotBlock] = key[i];
-    std::memcpy(static_cast<float*>(cache.values) + value_at, value,
-                sizeof(float) * static_cast<size_t>(d));
-  } else if (cache.format == Format::bf16) {
-    auto* keys = static_cast<uint16_t*>(cache.keys) + key_at;
-    auto* values = static_cast<uint16_t*>(cache.values) + value_at;
-    for (int64_t i = 0; i < d; ++i) keys[i * kSlotBlock] = f32_to_bf16(key[i]);
-    for (int64_t i = 0; i < d; ++i) values[i] = f32_to_bf16(value[i]);
-  } else {
-    auto* keys = static_cast<int8_t*>(cache.keys) + key_at;
-    auto* values = static_cast<int8_t*>(cache.values) + value_at;
-    const float key_scale = int8_scale(key, d), value_scale = int8_scale(value, d);
-    for (int64_t i = 0; i < d; ++i) keys[i * kSlotBlock] = int8_code(key[i], key_scale);
-    for (int64_t i = 0; i < d; ++i) values[i] = int8_code(value[i], value_scale);
-    cache.key_scale[slot] = key_scale;
-    cache.value_scale[slot] = value_scale;
-  }
-}
-
-// --- scores, values --------------------------------------------------------------------------
 
 // The running state of a query: out = acc / sum once all slots are folded in.
 struct Running {
@@ -99,10 +42,16 @@ inline int64_t visible_end(const Query& query) {
 template <Format format, int Q>
 inline void score_blocks(const CacheHead& cache, const Query* queries, int64_t slot, float* scores,
                          int64_t blocks) {
-  using type = typename CacheElement<format>::type;
+  using Element = CacheElement<format>;
+  using type = typename Element::type;
   constexpr int B = kTileRegisters >= 24 ? 4 : 1;
-  const int64_t d = cache.head_dim;
-  const type* keys = static_cast<const type*>(cache.keys) + slot * d;
+  const int64_t d = cache.head_dim, rows = d / Element::per;
+  const type* keys = static_cast<const type*>(cache.keys) + slot * rows;
+  // Σ q·(code · scale + low) = scale · Σ q·code + low · Σ q
+  [[maybe_unused]] float sums[Q];
+  if constexpr (is_coded(format)) {
+    for (int q = 0; q < Q; ++q) sums[q] = sum(queries[q].q, d);
+  }
   for (int64_t b0 = 0; b0 < blocks; b0 += B) {
     V16 acc[Q][B];
     for (int q = 0; q < Q; ++q) {
@@ -111,24 +60,33 @@ inline void score_blocks(const CacheHead& cache, const Query* queries, int64_t s
     // Past the last block the last one is computed again, into lanes that nobody reads.
     const type* block[B];
     for (int b = 0; b < B; ++b) {
-      block[b] = keys + smaller<int64_t>(b0 + b, blocks - 1) * kSlotBlock * d;
+      block[b] = keys + smaller<int64_t>(b0 + b, blocks - 1) * kSlotBlock * rows;
     }
-    for (int64_t i = 0; i < d; ++i) {
-      V16 k[B];
+    for (int64_t i = 0; i < rows; ++i) {
+      typename Element::Raw raw[B];
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) k[b] = CacheElement<format>::read(block[b] + i * kSlotBlock);
+      for (int b = 0; b < B; ++b) raw[b] = Element::raw(block[b] + i * kSlotBlock);
+      const auto dimension = [&](auto place) {
+        V16 k[B];
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) {
-        const V16 value = set1(queries[q].q[i]);
+        for (int b = 0; b < B; ++b) k[b] = Element::template part<decltype(place)::value>(raw[b]);
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) acc[q][b] = fma(value, k[b], acc[q][b]);
-      }
+        for (int q = 0; q < Q; ++q) {
+          const V16 value = set1(queries[q].q[i * Element::per + decltype(place)::value]);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) acc[q][b] = fma(value, k[b], acc[q][b]);
+        }
+      };
+      for_each_place<Element::per>(dimension);
     }
     for (int b = 0; b < B && b0 + b < blocks; ++b) {
       const int64_t at = slot + (b0 + b) * kSlotBlock;
       for (int q = 0; q < Q; ++q) {
         V16 s = acc[q][b];
-        if constexpr (format == Format::i8) s = mul(s, load(cache.key_scale + at));
+        if constexpr (is_coded(format)) {
+          const V16 low = mul(set1(sums[q]), load_f16(cache.key_grids + cache.slots + at));
+          s = fma(s, load_f16(cache.key_grids + at), low);
+        }
         s = select(visible(queries[q], at), s, set1(-INFINITY));
         store(scores + q * kChunk + (b0 + b) * kSlotBlock, s);
       }
@@ -136,13 +94,15 @@ inline void score_blocks(const CacheHead& cache, const Query* queries, int64_t s
   }
 }
 
-// acc[q] += Σ_t p[q][t]·V[t], t ascending over slots [slot, slot + count).
+// acc[q] += Σ_t p[q][t]·V[t], t ascending over slots [slot, slot + count); of codes, without their
+// grids.
 template <Format format, int Q>
 inline void add_values(const CacheHead& cache, const float* p, int64_t slot, int64_t count,
                        float* acc) {
-  using type = typename CacheElement<format>::type;
-  const int64_t d = cache.head_dim;
-  const type* values = static_cast<const type*>(cache.values) + slot * d;
+  using Element = CacheElement<format>;
+  using type = typename Element::type;
+  const int64_t d = cache.head_dim, row = d / Element::per;
+  const type* values = static_cast<const type*>(cache.values) + slot * row;
   constexpr int P = kTileRegisters >= 24 ? 4 : 2;
   int64_t i = 0;
   const auto part = [&](auto width) {
@@ -154,7 +114,9 @@ inline void add_values(const CacheHead& cache, const float* p, int64_t slot, int
     for (int64_t t = 0; t < count; ++t) {
       V16 v[W];
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) v[w] = CacheElement<format>::read(values + t * d + i + w * 16);
+      for (int w = 0; w < W; ++w) {
+        v[w] = Element::read(values + t * row + (i + w * kLanes) / Element::per);
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
         const V16 share = set1(p[q * kChunk + t]);
@@ -199,6 +161,19 @@ inline void fold(float* scores, int64_t lanes, Running& run, float* acc, int64_t
   run.sum += reduce_add(sum);
 }
 
+// Σ_t p_t·(code · scale + low): p becomes p · scale, and Σ_t p_t·low_t goes to every dimension.
+inline void use_value_grids(const CacheHead& cache, int64_t slot, int64_t blocks, float* p,
+                            float* acc) {
+  V16 low = set1(0.0f);
+  for (int64_t t = 0; t < blocks * kSlotBlock; t += kLanes) {
+    const V16 share = load(p + t);
+    low = fma(share, load_f16(cache.value_grids + cache.slots + slot + t), low);
+    store(p + t, mul(share, load_f16(cache.value_grids + slot + t)));
+  }
+  const V16 all = set1(reduce_add(low));
+  for (int64_t i = 0; i < cache.head_dim; i += kLanes) store(acc + i, add(load(acc + i), all));
+}
+
 inline float dot(const float* a, const float* b, int64_t count) {
   V16 sum = set1(0.0f);
   for (int64_t i = 0; i < count; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
@@ -239,9 +214,7 @@ inline void attend_queries(const CacheHead& cache, const Query* queries, float* 
     for (int q = 0; q < Q; ++q) {
       float* s = scores + q * kChunk;
       fold(s, blocks * kSlotBlock, run[q], acc + q * d, d);
-      if constexpr (format == Format::i8) {
-        for (int64_t t = 0; t < blocks * kSlotBlock; ++t) s[t] *= cache.value_scale[from + t];
-      }
+      if constexpr (is_coded(format)) use_value_grids(cache, from, blocks, s, acc + q * d);
     }
     add_values<format, Q>(cache, scores, from, to - from, acc);
   }
@@ -271,8 +244,14 @@ inline void attend(const CacheHead& cache, const Query* queries, int64_t count, 
     case Format::bf16:
       attend_format<Format::bf16>(cache, queries, count, scratch);
       break;
-    case Format::i8:
-      attend_format<Format::i8>(cache, queries, count, scratch);
+    case Format::u8:
+      attend_format<Format::u8>(cache, queries, count, scratch);
+      break;
+    case Format::u4:
+      attend_format<Format::u4>(cache, queries, count, scratch);
+      break;
+    case Format::u2:
+      attend_format<Format::u2>(cache, queries, count, scratch);
       break;
     default:
       attend_format<Format::f32>(cache, queries, count, scratch);

@@ -72,7 +72,7 @@ inline void low_rank(const float* x, const float* w, int64_t k, int64_t r, float
 }
 
 inline Kernels all_kernels() {
-  return {norm, stage, dense, dense_panel, swiglu, append, attend, best, low_rank};
+  return {norm, stage, dense, dense_panel, swiglu, append, rotate_head, attend, best, low_rank};
 }
 
 }  // namespace

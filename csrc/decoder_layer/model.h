@@ -52,26 +52,27 @@ struct Model {
   int64_t kv_size() const { return kv_heads * head_dim; }
 };
 
-// [L, 2, B, kv_heads, T, head_dim]; see CacheHead for the inside of a head.
+// [L, 2, B, kv_heads, T, head_dim · bits]; see CacheHead for the inside of a head.
 struct Cache {
   Format format = Format::f32;
   int64_t sequences = 0;
   int64_t slots = 0;  // T, a multiple of kSlotBlock
   uint8_t* data = nullptr;
-  float* scales = nullptr;  // [L, 2, B, kv_heads, T], only i8
+  uint16_t* grids = nullptr;  // f16 [L, 2, B, kv_heads, 2, T], only for codes
 
   CacheHead head(const Model& model, int64_t layer, int64_t sequence, int64_t kv_head) const {
     const int64_t heads = sequences * model.kv_heads;
     const int64_t at = layer * 2 * heads + sequence * model.kv_heads + kv_head;
-    const int64_t bytes = slots * model.head_dim * format_bytes(format);
+    const int64_t bytes = slots * model.head_dim * format_bits(format) / 8;
     CacheHead out;
     out.format = format;
     out.head_dim = model.head_dim;
     out.keys = data + at * bytes;
     out.values = data + (at + heads) * bytes;
-    if (scales != nullptr) {
-      out.key_scale = scales + at * slots;
-      out.value_scale = scales + (at + heads) * slots;
+    out.slots = slots;
+    if (grids != nullptr) {
+      out.key_grids = grids + at * 2 * slots;
+      out.value_grids = grids + (at + heads) * 2 * slots;
     }
     return out;
   }

@@ -276,31 +276,46 @@ void decoder_close(Tensor handle) {
   registry().erase(*static_cast<const int64_t*>(handle.const_data_ptr()));
 }
 
+// A cache of bytes holds codes; its last dimension tells how many bits they have.
+Format cache_format(const Model& m, const Tensor& kv) {
+  if (kv.scalar_type() == ScalarType::Byte) {
+    for (const Format format : {Format::u8, Format::u4, Format::u2}) {
+      if (kv.size(5) * 8 == m.head_dim * format_bits(format)) return format;
+    }
+    fail("decoder_step: kv is ", describe(kv), "; with head_dim = ", m.head_dim,
+         " codes of 8, 4 or 2 bits take ", m.head_dim, ", ", m.head_dim / 2, " or ",
+         m.head_dim / 4, " bytes. It belongs to another model; make a new one.");
+  }
+  const Format format = weight_format("decoder_step", "kv", kv);
+  SALTIRE_CHECK(format != Format::f16,
+                "decoder_step: kv is float16; expected float32, bfloat16 or uint8.");
+  return format;
+}
+
 Cache read_cache(const Model& m, const Tensor& kv, const std::optional<Tensor>& scales) {
   constexpr const char* kOp = "decoder_step";
   Cache cache;
   check_cpu(kOp, "kv", kv);
   check_dim(kOp, "kv", kv, 6);
   const int64_t L = static_cast<int64_t>(m.layers.size());
-  SALTIRE_CHECK(
-      kv.size(0) == L && kv.size(1) == 2 && kv.size(3) == m.kv_heads && kv.size(5) == m.head_dim,
-      kOp, ": kv is ", describe(kv), "; this model's cache is [", L, ", 2, B, ", m.kv_heads,
-      ", T, ", m.head_dim, "]. It belongs to another model; make a new one.");
+  cache.format = cache_format(m, kv);
+  SALTIRE_CHECK(kv.size(0) == L && kv.size(1) == 2 && kv.size(3) == m.kv_heads &&
+                    (is_coded(cache.format) || kv.size(5) == m.head_dim),
+                kOp, ": kv is ", describe(kv), "; this model's cache is [", L, ", 2, B, ",
+                m.kv_heads, ", T, ", m.head_dim,
+                "], or uint8 with 2, 4 or 8 bits a value. It belongs to another model; make a new "
+                "one.");
   SALTIRE_CHECK(kv.size(4) % kSlotBlock == 0, kOp, ": kv is ", describe(kv),
                 "; the slots, dimension 4, must be a multiple of ", kSlotBlock, ".");
   SALTIRE_CHECK(kv.is_contiguous(), kOp, ": kv is not contiguous; it is written in place.");
-  if (kv.scalar_type() == ScalarType::Char) {
-    cache.format = Format::i8;
-    SALTIRE_CHECK(scales.has_value(), kOp, ": an int8 kv needs scales.");
-    check_dtype(kOp, "scales", *scales, ScalarType::Float);
+  if (is_coded(cache.format)) {
+    SALTIRE_CHECK(scales.has_value(), kOp, ": a uint8 kv needs scales.");
+    check_dtype(kOp, "scales", *scales, ScalarType::Half);
     check_cpu(kOp, "scales", *scales);
-    SALTIRE_CHECK(scales->is_contiguous() && scales->numel() * m.head_dim == kv.numel(), kOp,
-                  ": scales is ", describe(*scales), "; expected one for each slot of each head.");
-    cache.scales = static_cast<float*>(scales->mutable_data_ptr());
-  } else {
-    cache.format = weight_format(kOp, "kv", kv);
-    SALTIRE_CHECK(cache.format != Format::f16, kOp,
-                  ": kv is float16; expected float32, bfloat16 or int8.");
+    SALTIRE_CHECK(scales->is_contiguous() && scales->numel() * kv.size(5) == 2 * kv.numel(), kOp,
+                  ": scales is ", describe(*scales),
+                  "; expected a scale and a low for each slot of each head.");
+    cache.grids = static_cast<uint16_t*>(scales->mutable_data_ptr());
   }
   cache.sequences = kv.size(2);
   cache.slots = kv.size(4);

@@ -23,10 +23,26 @@
 
 namespace saltire::decoder_layer {
 
-enum class Format : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+// u8, u4, u2: codes of a cache; see CacheHead.
+enum class Format : int32_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u4 = 4, u2 = 5 };
 
-constexpr int64_t format_bytes(Format format) {
-  return format == Format::f32 ? 4 : format == Format::i8 ? 1 : 2;
+constexpr int64_t format_bits(Format format) {
+  switch (format) {
+    case Format::f32:
+      return 32;
+    case Format::u8:
+      return 8;
+    case Format::u4:
+      return 4;
+    case Format::u2:
+      return 2;
+    default:
+      return 16;
+  }
+}
+
+constexpr bool is_coded(Format format) {
+  return format_bits(format) < 16;
 }
 
 // Outputs of a panel in prefill, and of an item of work in decode.
@@ -62,14 +78,23 @@ struct DenseRows {
 // The cache of one sequence and one head of K and V.
 //   keys:   [T / 16][head_dim][16]   so that 16 slots are the lanes of a product with q
 //   values: [T][head_dim]
-//   i8: code · scale, one scale a slot
+//
+// In codes of b bits, c = 8 / b in a byte, keys and values are rotated by a Hadamard matrix, each
+// slot rounded to a grid of its own, x = code · scale + low; scale and low are f16. No byte is
+// shared by two slots, so that threads may append side by side.
+//   keys:   [T / 16][head_dim / c][16]; byte i of a slot: its dimensions c·i, c·i + 1, ... from the
+//           lowest bit on
+//   values: [T][head_dim / 16][16 / c]; byte j of 16 dimensions: j, j + 16/c, ... from the lowest on
+//   Worked byte: u4, dimensions 0 and 1 of a key with codes 9 and 3 make 0x39; dimensions 0 and 8
+//   of a value do.
 struct CacheHead {
   Format format = Format::f32;
   int64_t head_dim = 0;
   void* keys = nullptr;
   void* values = nullptr;
-  float* key_scale = nullptr;    // [T], only i8
-  float* value_scale = nullptr;  // [T], only i8
+  int64_t slots = 0;               // T
+  uint16_t* key_grids = nullptr;   // scales [T], then lows [T]; null without codes
+  uint16_t* value_grids = nullptr;
 };
 
 // One head of one row: sees slots [start, prefix), slots prefix + i where bit i of `tree` is set,
@@ -105,6 +130,8 @@ struct Kernels {
   void (*swiglu)(float* a, const float* b, int64_t count);
   // Writes one key and value to a slot.
   void (*append)(const CacheHead& cache, int64_t slot, const float* key, const float* value);
+  // Rotates a head by a Hadamard matrix of the largest power of two in head_dim; its own inverse.
+  void (*rotate_head)(float* head, int64_t head_dim);
   // scratch: attention_scratch(head_dim) floats.
   void (*attend)(const CacheHead& cache, const Query* queries, int64_t count, float* scratch);
   Best (*best)(const float* logits, int64_t count);

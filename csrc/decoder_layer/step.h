@@ -333,11 +333,17 @@ class Step {
     for (int64_t m = begin; m < end; ++m) {
       const Row& row = args_.row[m];
       float* key = k_ + m * model_.kv_size() + g * d;
-      const float* value = v_ + m * model_.kv_size() + g * d;
+      float* value = v_ + m * model_.kv_size() + g * d;
+      const bool coded = is_coded(cache_.format);
       rotate(row, layer.k_norm, key);
+      if (coded) {
+        kernels_.rotate_head(key, d);
+        kernels_.rotate_head(value, d);
+      }
       for (int64_t h = g * group; h < (g + 1) * group; ++h) {
         float* q = q_ + m * model_.q_size() + h * d;
         rotate(row, layer.q_norm, q);
+        if (coded) kernels_.rotate_head(q, d);
         for (int64_t i = 0; i < d; ++i) q[i] *= scale;
       }
       if (row.slot != kPrivate) {
@@ -382,6 +388,9 @@ class Step {
         const bool last = m + 1 == rows.end && h + 1 == (g + 1) * group;
         if (held == kMaxQueries || last) {
           kernels_.attend(cache, queries, held, scratch);
+          for (int64_t i = 0; i < held && is_coded(cache.format); ++i) {
+            kernels_.rotate_head(queries[i].out, d);  // back: values lie rotated
+          }
           held = 0;
         }
       }

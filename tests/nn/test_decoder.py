@@ -75,7 +75,9 @@ def test_half_weights_are_used_as_they_are(dtype: torch.dtype, isa: str) -> None
     torch.testing.assert_close(logits, exact, atol=5e-5, rtol=5e-5)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.int8, 0.04)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.uint8, 0.02), (torch.uint4, 0.3)]
+)
 def test_a_narrow_cache_costs_little(dtype: torch.dtype, bound: float, isa: str) -> None:
     model = tiny_model("qwen3")
     decoder = build_decoder(model)
@@ -202,10 +204,10 @@ def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
     results = []
     for name in AVAILABLE_ISAS:
         with force_isa(name):
-            results.append([decode_all(decoder, TOKENS, 30, d) for d in (dtype, torch.int8)])
+            dtypes = (dtype, torch.uint8, torch.uint4, torch.uint2)
+            results.append([decode_all(decoder, TOKENS, 30, d) for d in dtypes])
     for other in results[1:]:
-        assert torch.equal(results[0][0], other[0])
-        assert torch.equal(results[0][1], other[1])
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_a_rolled_back_draft_leaves_no_trace() -> None:

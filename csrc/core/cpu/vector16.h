@@ -76,9 +76,17 @@ inline V16 load_bf16(const uint16_t* p) {
 inline V16 load_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline V16 load_i8(const int8_t* p) {
+struct Bytes16 {
+  __m512i v;  // widened to 32 bits
+};
+inline Bytes16 load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// The codes of `bits` bits from bit `shift` of each byte on.
+template <int bits, int shift>
+inline V16 codes_of(Bytes16 a) {
   return {_mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+      _mm512_and_si512(_mm512_srli_epi32(a.v, shift), _mm512_set1_epi32((1 << bits) - 1)))};
 }
 // 32 bf16: those at even and those at odd places.
 inline void load_bf16_pairs(const uint16_t* p, V16& even, V16& odd) {
@@ -168,10 +176,18 @@ inline V16 load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-inline V16 load_i8(const int8_t* p) {
+struct Bytes16 {
+  __m256i lo, hi;
+};
+inline Bytes16 load_bytes(const uint8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+  return {_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))};
+}
+template <int bits, int shift>
+inline V16 codes_of(Bytes16 a) {
+  const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(a.lo, shift), mask)),
+          _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(a.hi, shift), mask))};
 }
 inline void load_bf16_pairs(const uint16_t* p, V16& even, V16& odd) {
   const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -272,8 +288,17 @@ inline V16 load_bf16(const uint16_t* p) {
 inline V16 load_f16(const uint16_t* p) {
   return each([&](int i) { return f16_to_f32(p[i]); });
 }
-inline V16 load_i8(const int8_t* p) {
-  return each([&](int i) { return static_cast<float>(p[i]); });
+struct Bytes16 {
+  uint8_t b[kLanes];
+};
+inline Bytes16 load_bytes(const uint8_t* p) {
+  Bytes16 out;
+  std::memcpy(out.b, p, sizeof(out.b));
+  return out;
+}
+template <int bits, int shift>
+inline V16 codes_of(Bytes16 a) {
+  return each([&](int i) { return static_cast<float>(a.b[i] >> shift & ((1 << bits) - 1)); });
 }
 inline void load_bf16_pairs(const uint16_t* p, V16& even, V16& odd) {
   even = each([&](int i) { return bf16_to_f32(p[2 * i]); });
@@ -314,6 +339,37 @@ inline float reduce_max(V16 a) {
 }
 
 #endif
+
+// 16 codes in 2·bits bytes: lane l is in byte l mod n at bit bits·(l / n), n = 2·bits.
+template <int bits>
+inline V16 load_codes(const uint8_t* p) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  const __m128i mask = _mm_set1_epi8(static_cast<char>((1 << bits) - 1));
+  __m128i codes;
+  if constexpr (bits == 8) {
+    codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  } else if constexpr (bits == 4) {
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    codes = _mm_and_si128(_mm_unpacklo_epi64(b, _mm_srli_epi16(b, 4)), mask);
+  } else {
+    int32_t four;
+    std::memcpy(&four, p, sizeof(four));
+    const __m128i shifts = _mm_setr_epi32(0, 2, 4, 6);
+    codes = _mm_and_si128(_mm_srlv_epi32(_mm_set1_epi32(four), shifts), mask);
+  }
+#if defined(__AVX512F__)
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes))};
+#else
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+#endif
+#else
+  constexpr int n = 2 * bits;
+  return each([&](int l) {
+    return static_cast<float>(p[l % n] >> (l / n * bits) & ((1 << bits) - 1));
+  });
+#endif
+}
 
 // e^x within 2 ulp; 0 below -87.3 (e^x would be subnormal), infinity above 88.7, NaN for NaN.
 inline V16 exp(V16 x) {

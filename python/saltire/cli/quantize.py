@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -23,6 +24,9 @@ def quantize(
     samples: int = typer.Option(16, help="calibration samples"),
     length: int = typer.Option(512, help="tokens in one sample"),
     seed: int = typer.Option(0, help="seed of the calibration text"),
+    kv_bits: int | None = typer.Option(
+        None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
+    ),
     json: bool = _console.JSON_OPTION,
 ) -> None:
     """Quantise MODEL and write packed integers to OUT (whole or not at all)."""
@@ -32,6 +36,8 @@ def quantize(
     from saltire.quant import quantize as quantize_model
 
     chosen = parse_recipe(recipe)
+    if kv_bits is not None:
+        chosen = replace(chosen, kv_bits=kv_bits)
     check_destination(out)
     start = time.perf_counter()
     loaded, tokenizer = load_model(model)

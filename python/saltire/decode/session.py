@@ -60,7 +60,7 @@ class Session:
         planner: SkipPlanner | None = None,
         planned: Mapping[str, int] | None = None,
         interval: int = 64,
-        cache_dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
         fixed: int = 0,
     ) -> None:
         """fixed: with one draft, always draft so many; 0 lets the chooser decide."""

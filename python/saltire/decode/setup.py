@@ -29,7 +29,7 @@ def open_session(
     halves: bool = False,
     interval: int = 64,
     length: int = 0,
-    cache_dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
 ) -> Session:
     """A session on a model that transformers has loaded on the CPU.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
+from saltire.models.kv_rounding import kv_bits
 from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights, LinearWeights
 from saltire.ops.decoder_layer import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CACHE_DTYPES = {16: torch.float32, 8: torch.uint8, 4: torch.uint4, 2: torch.uint2}  # by KV bits
 # Rotations whose frequencies do not change with the length of the text.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
@@ -60,6 +63,7 @@ def build_decoder(model: PreTrainedModel) -> Decoder:
         norm.weight,
         layers,
         rotation,
+        CACHE_DTYPES[kv_bits(model)],
     )
 
 

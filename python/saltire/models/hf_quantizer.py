@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for, share_inputs
+from saltire.models.kv_rounding import UNROUNDED, check_kv_bits, set_kv_bits
 from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.linear_format import AnyFormat, FactoredFormat, read_format
 from saltire.nn.quant_linear import QuantLinear
@@ -34,6 +35,7 @@ class SaltireConfig(QuantizationConfigMixin):
 
     layers: full module name -> fields of LinearFormat or FactoredFormat. recipe: the name it was
     made with, for people. rest_dtype: dtype in which the tensors that are not quantised are stored.
+    kv_bits: of keys and values, 16 for as they come.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class SaltireConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         recipe: str = "",
         rest_dtype: str = "bfloat16",
+        kv_bits: int = UNROUNDED,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -53,6 +56,8 @@ class SaltireConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.recipe = recipe
         self.rest_dtype = rest_dtype
+        check_kv_bits(kv_bits)
+        self.kv_bits = kv_bits
         self.layers = {name: dict(values) for name, values in (layers or {}).items()}
 
     def formats(self) -> dict[str, AnyFormat]:
@@ -76,6 +81,7 @@ class SaltireHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         share_inputs(model)
+        set_kv_bits(model, self.quantization_config.kv_bits)
         return model
 
     def get_state_dict_and_metadata(

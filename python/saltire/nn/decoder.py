@@ -173,8 +173,11 @@ class Decoder:
         final_norm: Tensor,
         layers: Sequence[LayerWeights],
         rotation: Callable[[Tensor], tuple[Tensor, Tensor]],
+        cache_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """rotation: positions [T] -> cosines and sines, f32 [T, head_dim / 2] each."""
+        """rotation: positions [T] -> cosines and sines, f32 [T, head_dim / 2] each. cache_dtype: of
+        the caches that the model was made for."""
+        self.cache_dtype = cache_dtype
         self.sizes, self.layers = sizes, len(layers)
         description = _Description(embedding)
         description.add(final_norm, as_float=True)
@@ -202,13 +205,15 @@ class Decoder:
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         self.weight_bytes = sum(unique.values())
 
-    def new_cache(self, sequences: int, slots: int, dtype: torch.dtype = torch.float32) -> KVCache:
-        """An empty cache for this decoder; SaltireError if the model has no such positions."""
+    def new_cache(self, sequences: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for this decoder, of ``cache_dtype`` if no other is given; SaltireError if
+        the model has no such positions."""
         sizes = self.sizes
         if slots > sizes.positions:
             raise SaltireError(
                 f"{slots} slots; the model has {sizes.positions} positions. Ask for fewer."
             )
+        dtype = dtype or self.cache_dtype
         return KVCache(self.layers, sizes.kv_heads, sizes.head_dim, sequences, slots, dtype)
 
     def prefill(

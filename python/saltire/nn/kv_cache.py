@@ -10,7 +10,8 @@ from torch import Tensor
 from saltire.errors import SaltireError
 from saltire.ops.decoder_layer import SLOT_BLOCK
 
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+CODE_BITS = {torch.uint8: 8, torch.uint4: 4, torch.uint2: 2}
+CACHE_DTYPES = (torch.float32, torch.bfloat16, *CODE_BITS)
 
 
 class KVCache:
@@ -19,8 +20,10 @@ class KVCache:
     Slots below ``lengths[b]`` are committed. What lies behind is of no account: drafts write there,
     verification overwrites it, and a rollback only sets the length. Nothing is ever copied.
 
-    kv: [L, 2, B, kv_heads, T, head_dim] in float32, bfloat16 or int8 (then with ``scales``, one a
-    slot of a head).
+    dtype: float32, bfloat16, or uint8, uint4 or uint2: codes of keys and values that are rotated by
+    a Hadamard matrix, with a grid for each slot of a head (``saltire.reference.kv_cache``).
+    kv: [L, 2, B, kv_heads, T, head_dim] in float32 or bfloat16; codes in bytes, with the last
+    dimension as many bytes as they fill, and ``scales`` float16 [L, 2, B, kv_heads, 2, T].
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class KVCache:
                 f"a cache of {sequences} sequences with {slots} slots; expected at least 1 of each."
             )
         slots = (slots + SLOT_BLOCK - 1) // SLOT_BLOCK * SLOT_BLOCK
-        shape = (layers, 2, sequences, kv_heads, slots, head_dim)
+        self.dtype, bits = dtype, CODE_BITS.get(dtype)
+        shape = (layers, 2, sequences, kv_heads, slots, head_dim * (bits or 8) // 8)
         # Zeros, not whatever was there: a NaN behind the committed length would not stay there.
-        self.kv = torch.zeros(shape, dtype=dtype)
-        self.scales = torch.zeros(shape[:-1]) if dtype == torch.int8 else None
+        self.kv = torch.zeros(shape, dtype=torch.uint8 if bits else dtype)
+        grids = (*shape[:-2], 2, slots)
+        self.scales = torch.zeros(grids, dtype=torch.float16) if bits else None
         self.lengths = [0] * sequences
 
     @property
@@ -55,8 +60,8 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys, values and their scales."""
-        scales = 0 if self.scales is None else self.scales.numel() * 4
+        """Memory of the keys, values and their grids."""
+        scales = 0 if self.scales is None else self.scales.numel() * 2
         return self.kv.numel() * self.kv.element_size() + scales
 
     def check_room(self, new: Sequence[int]) -> None:

@@ -70,8 +70,9 @@ def decoder_step(
 ) -> tuple[Tensor, Tensor]:
     """Run M rows through the kept units; write their keys and values to the cache.
 
-    kv: f32, bf16 or int8 [L, 2, B, kv_heads, T, head_dim], written in place; keys are transposed in
-    blocks of 16 slots. scales: f32 [L, 2, B, kv_heads, T] for int8. rotation: f32
+    kv: f32, bf16 [L, 2, B, kv_heads, T, head_dim], or uint8 with head_dim values of 8, 4 or 2 bits,
+    written in place; keys are transposed in blocks of 16 slots. scales: f16
+    [L, 2, B, kv_heads, 2, T] for uint8: code · scale + low (``reference.kv_cache``). rotation: f32
     [positions, 2, head_dim / 2], cosines then sines. rows: int64 [M, 6], the columns ROW_COLUMNS:
     a row sees slots [0, prefix) within its layer's window, and prefix + i where bit i of tree is
     set; slot PRIVATE: it also sees itself, and nothing is written. Rows of a sequence stand side by

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for, share_inputs
 from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer
+from saltire.models.kv_rounding import set_kv_bits
 from saltire.nn.linear_format import AnyFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
@@ -51,6 +52,7 @@ def quantize(
     )
     usable = tokens.shape[0] // batch * batch or tokens.shape[0]  # batches of one shape
     model.eval()
+    set_kv_bits(model, recipe.kv_bits)
     method = group_method(model, adapter, tokens[:usable], batch, recipe)
     runner = BlockRunner(model, adapter, tokens[:usable], batch)
     formats: dict[str, AnyFormat] = {}
@@ -81,7 +83,9 @@ def _round_the_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _attach_config(model: PreTrainedModel, recipe: Recipe, formats: dict[str, AnyFormat]) -> None:
     layers = {name: format.to_dict() for name, format in formats.items()}
-    config = SaltireConfig(layers, recipe=recipe.name, rest_dtype=recipe.rest_dtype)
+    config = SaltireConfig(
+        layers, recipe=recipe.name, rest_dtype=recipe.rest_dtype, kv_bits=recipe.kv_bits
+    )
     model.config.quantization_config = config
     model.hf_quantizer = SaltireHfQuantizer(config, pre_quantized=True)
     model.is_quantized = True

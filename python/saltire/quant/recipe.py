@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from saltire.errors import SaltireError
+from saltire.models.kv_rounding import UNROUNDED, check_kv_bits
 from saltire.nn.linear_format import LinearFormat
 
 Rotation = Literal["none", "block", "full"]
@@ -52,7 +53,8 @@ class Recipe:
     channels; ``full``, one rotation over all channels. head: also quantise the head that gives the
     logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
     dtype in which the tensors that are not quantised (embedding, norms) are stored. low_rank: join
-    it with a low-rank decomposition of the linears in the blocks.
+    it with a low-rank decomposition of the linears in the blocks. kv_bits: of the keys and values
+    that the model keeps: 8, 4 or 2, or 16 for as they come.
     """
 
     name: str
@@ -66,8 +68,10 @@ class Recipe:
     head: bool = True
     rest_dtype: str = "bfloat16"
     low_rank: LowRank | None = None
+    kv_bits: int = UNROUNDED
 
     def __post_init__(self) -> None:
+        check_kv_bits(self.kv_bits)
         if self.rotation not in ("none", "block", "full"):
             raise SaltireError(f"rotation = {self.rotation!r}; expected none, block or full.")
         self.format()  # refuses bits and groups that no kernel has
@@ -103,6 +107,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _BASE,
         replace(_BASE, name="w4a4-g128", group=128),
+        replace(_BASE, name="w4a4kv4", kv_bits=4),
         replace(_BASE, name="w4a8", act_bits=8),
         replace(_BASE, name="w3a4", weight_bits=3),
         replace(_BASE, name="w2a4", weight_bits=2),
