@@ -91,8 +91,8 @@ inline void rotate_head(float* head, int64_t head_dim) {
 
 constexpr float kMostF16 = 65504.0f;
 
-// The grid of a head and its codes; what is not finite marks the head with a NaN. Four levels span 0.65 of its range, so 0.175 is cut off at
-// either end: reference/kv_cache.py derives it.
+// The grid of a head and its codes; what is not finite marks the head with a NaN. Four levels span
+// 0.65 of its range, so 0.175 is cut off at either end: reference/kv_cache.py derives it.
 inline void round_head(const float* x, int64_t d, int64_t bits, uint16_t& scale, uint16_t& low,
                        uint8_t* codes) {
   const auto top = static_cast<float>((1 << bits) - 1);

@@ -283,8 +283,8 @@ Format cache_format(const Model& m, const Tensor& kv) {
       if (kv.size(5) * 8 == m.head_dim * format_bits(format)) return format;
     }
     fail("decoder_step: kv is ", describe(kv), "; with head_dim = ", m.head_dim,
-         " codes of 8, 4 or 2 bits take ", m.head_dim, ", ", m.head_dim / 2, " or ",
-         m.head_dim / 4, " bytes. It belongs to another model; make a new one.");
+         " codes of 8, 4 or 2 bits take ", m.head_dim, ", ", m.head_dim / 2, " or ", m.head_dim / 4,
+         " bytes. It belongs to another model; make a new one.");
   }
   const Format format = weight_format("decoder_step", "kv", kv);
   SALTIRE_CHECK(format != Format::f16,

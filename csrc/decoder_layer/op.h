@@ -84,16 +84,16 @@ struct DenseRows {
 // shared by two slots, so that threads may append side by side.
 //   keys:   [T / 16][head_dim / c][16]; byte i of a slot: its dimensions c·i, c·i + 1, ... from the
 //           lowest bit on
-//   values: [T][head_dim / 16][16 / c]; byte j of 16 dimensions: j, j + 16/c, ... from the lowest on
-//   Worked byte: u4, dimensions 0 and 1 of a key with codes 9 and 3 make 0x39; dimensions 0 and 8
-//   of a value do.
+//   values: [T][head_dim / 16][16 / c]; byte j of 16 dimensions: j, j + 16/c, ... likewise
+//   Worked byte: u4, dimensions 0 and 1 of a key with codes 9 and 3 make 0x39; so do dimensions 0
+//   and 8 of a value.
 struct CacheHead {
   Format format = Format::f32;
   int64_t head_dim = 0;
   void* keys = nullptr;
   void* values = nullptr;
-  int64_t slots = 0;               // T
-  uint16_t* key_grids = nullptr;   // scales [T], then lows [T]; null without codes
+  int64_t slots = 0;              // T
+  uint16_t* key_grids = nullptr;  // scales [T], then lows [T]; null without codes
   uint16_t* value_grids = nullptr;
 };
 

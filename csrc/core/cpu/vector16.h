@@ -365,9 +365,8 @@ inline V16 load_codes(const uint8_t* p) {
 #endif
 #else
   constexpr int n = 2 * bits;
-  return each([&](int l) {
-    return static_cast<float>(p[l % n] >> (l / n * bits) & ((1 << bits) - 1));
-  });
+  return each(
+      [&](int l) { return static_cast<float>(p[l % n] >> (l / n * bits) & ((1 << bits) - 1)); });
 #endif
 }
 

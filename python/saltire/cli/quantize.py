@@ -27,24 +27,40 @@ def quantize(
     kv_bits: int | None = typer.Option(
         None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
     ),
+    stream: bool = typer.Option(
+        False, "--stream", help="read and write block by block: memory for one block is enough"
+    ),
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="go on with a run that was killed; what it finished is in OUT.partial",
+    ),
     json: bool = _console.JSON_OPTION,
 ) -> None:
     """Quantise MODEL and write packed integers to OUT (whole or not at all)."""
-    from saltire.models.loading import load_model
-    from saltire.models.saving import check_destination, save_checkpoint
-    from saltire.quant import parse_recipe
-    from saltire.quant import quantize as quantize_model
+    from saltire import processes
+    from saltire.quant.job import Job, run
+    from saltire.quant.recipe import parse_recipe
 
     chosen = parse_recipe(recipe)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
-    check_destination(out)
+    processes.start_if_launched()
     start = time.perf_counter()
-    loaded, tokenizer = load_model(model)
-    quantize_model(
-        loaded, tokenizer, chosen, calibration, samples=samples, length=length, seed=seed
+    job = Job(
+        model,
+        out,
+        chosen,
+        calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        stream=stream,
+        resume=resume,
     )
-    size = save_checkpoint(loaded, tokenizer, out)
+    size = run(job)
+    if processes.rank() != 0:
+        return
     facts = {
         "model": model,
         "recipe": chosen.name,

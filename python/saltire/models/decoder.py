@@ -11,12 +11,13 @@ from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.models.kv_rounding import kv_bits
 from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights, LinearWeights
+from saltire.nn.kv_cache import CODE_BITS
 from saltire.ops.decoder_layer import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHE_DTYPES = {16: torch.float32, 8: torch.uint8, 4: torch.uint4, 2: torch.uint2}  # by KV bits
+CACHE_DTYPES = {16: torch.float32, **{bits: dtype for dtype, bits in CODE_BITS.items()}}
 # Rotations whose frequencies do not change with the length of the text.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 

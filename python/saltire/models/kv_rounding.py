@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.reference.kv_cache import KV_BITS, read_heads, rotate_heads, round_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNROUNDED = 16  # bits of a cache that stays as the model makes it
 CHOICES = (*KV_BITS, UNROUNDED)
@@ -69,14 +72,14 @@ class _Hook:
         return args, {**kwargs, self.name: cache}
 
 
-def set_kv_bits(model: nn.Module, bits: int) -> None:
+def set_kv_bits(model: PreTrainedModel, bits: int) -> None:
     """Let every attention layer of a transformers model round its keys and values to ``bits``.
 
     They are rounded as they are made, so that prompts, plain forwards and generation all see what a
     cache of so many bits holds; 16 takes the rounding away. Raises SaltireError for other bits.
     """
     check_kv_bits(bits)
-    for block in adapter_for(model.config).blocks(model):  # type: ignore[arg-type]
+    for block in adapter_for(model.config).blocks(model):
         attention = block.get_submodule(ATTENTION)
         hooks = attention._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
@@ -86,8 +89,8 @@ def set_kv_bits(model: nn.Module, bits: int) -> None:
             attention.register_forward_pre_hook(_Hook(attention, bits), with_kwargs=True)
 
 
-def kv_bits(model: nn.Module) -> int:
+def kv_bits(model: PreTrainedModel) -> int:
     """How many bits keys and values of the model have; 16 if they are not rounded."""
-    block = adapter_for(model.config).blocks(model)[0]  # type: ignore[arg-type]
+    block = adapter_for(model.config).blocks(model)[0]
     hooks = block.get_submodule(ATTENTION)._forward_pre_hooks.values()
     return next((hook.bits for hook in hooks if isinstance(hook, _Hook)), UNROUNDED)

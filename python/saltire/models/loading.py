@@ -99,7 +99,7 @@ def _source(spec: str | Path) -> tuple[str, dict[str, Any]]:
             raise SaltireError(f"there is no file {path}.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        _check_directory(path)
+        check_model_directory(path)
         return str(path), {}
     if path.is_file():
         raise SaltireError(f"{path} is a file; expected a model directory or a .gguf file.")
@@ -108,7 +108,8 @@ def _source(spec: str | Path) -> tuple[str, dict[str, Any]]:
     return str(spec), {}
 
 
-def _check_directory(path: Path) -> None:
+def check_model_directory(path: Path) -> None:
+    """Raise SaltireError unless a folder holds the config and whole weight files of a model."""
     if not (path / "config.json").is_file():
         raise SaltireError(f"{path} is not a model directory: it has no config.json.")
     try:

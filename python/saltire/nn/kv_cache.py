@@ -10,7 +10,9 @@ from torch import Tensor
 from saltire.errors import SaltireError
 from saltire.ops.decoder_layer import SLOT_BLOCK
 
-CODE_BITS = {torch.uint8: 8, torch.uint4: 4, torch.uint2: 2}
+UINT4: torch.dtype = torch.uint4  # type: ignore[attr-defined]  # not in the stubs
+UINT2: torch.dtype = torch.uint2  # type: ignore[attr-defined]
+CODE_BITS = {torch.uint8: 8, UINT4: 4, UINT2: 2}
 CACHE_DTYPES = (torch.float32, torch.bfloat16, *CODE_BITS)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saltire.models.adapters import Adapter
+from saltire.quant.activations import ActivationFile
 
 
 class _Captured(Exception):  # noqa: N818  (not an error: it ends a forward pass that has done its job)
@@ -19,58 +20,108 @@ class _Captured(Exception):  # noqa: N818  (not an error: it ends a forward pass
 class BlockRunner:
     """Holds the hidden states of the calibration text and takes them through block after block.
 
-    hidden: one float [b, T, D] per batch, the input of the block that comes next. Every batch has
-    the same shape, so what else a block takes (positions, masks) is captured once.
+    The states, the input of the block that comes next, lie in a memory-mapped file; a second one
+    takes the outputs, so that a run that is killed still has the inputs. Every batch has the same
+    shape, so what else a block takes (positions, masks) is captured once.
     """
 
     def __init__(
-        self, model: PreTrainedModel, adapter: Adapter, tokens: Tensor, batch: int
+        self,
+        model: PreTrainedModel,
+        adapter: Adapter,
+        tokens: Tensor,
+        batch: int,
+        *,
+        files: tuple[Path, Path] | None = None,
+        start: int = 0,
     ) -> None:
-        """tokens: int64 [samples, T]; batch: samples in one forward pass, dividing ``samples``."""
-        self.hidden: list[Tensor] = []
+        """tokens: int64 [samples, T]; batch: samples in one forward pass, dividing ``samples``.
+        files: where to keep the states of even and of odd blocks (default: nowhere for long).
+        start: the block whose inputs ``files`` holds from a run before."""
+        chunks = tokens.split(batch)
         self._arguments: Mapping[str, Any] = {}
-        first = adapter.blocks(model)[0]
+        self._at = start
+        first, self._arguments = _block_inputs(model, adapter, chunks[0])
+        self.dtype = first.dtype
+        shape = tuple(first.shape)
+        self._files = [
+            ActivationFile(len(chunks), shape, None if files is None else files[side])
+            for side in (0, 1)
+        ]
+        for index, chunk in enumerate(chunks if start == 0 else ()):
+            state = first if index == 0 else _block_inputs(model, adapter, chunk)[0]
+            self.hidden[index] = state.float()
 
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-            self._arguments = kwargs
-            raise _Captured
+    @property
+    def hidden(self) -> ActivationFile:
+        """The input of the block that comes next, batch by batch: float32 [b, T, D]."""
+        return self._files[self._at % 2]
 
-        handle = first.register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            for chunk in tokens.split(batch):
-                _run_until_captured(lambda chunk=chunk: model(chunk, use_cache=False))  # type: ignore[misc]
-        finally:
-            handle.remove()
+    def run(self, block: nn.Module, batch: int) -> Tensor:
+        """The block's output on one batch of its input, [b, T, D] in the model's dtype."""
+        out = block(self.hidden[batch].to(self.dtype), **self._arguments)
+        return out[0] if isinstance(out, tuple) else out
 
     def inputs_of(self, block: nn.Module, linear: str) -> Tensor:
-        """What enters one linear of the block, over all batches: float32 [tokens, K].
+        """What enters one linear of the block, over all batches: float32 [tokens, K], mapped from a
+        file.
 
         The linears before it run as they are, so those already quantised show their errors.
         """
-        seen: list[Tensor] = []
+        seen: list[ActivationFile] = []
+        batch = 0
 
         def capture(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0].detach().flatten(0, -2).float())
+            x = args[0].detach().flatten(0, -2)
+            if not seen:
+                seen.append(ActivationFile(len(self.hidden), tuple(x.shape)))
+            seen[0][batch] = x.float()
             raise _Captured
 
         handle = block.get_submodule(linear).register_forward_pre_hook(capture)
         try:
-            for hidden in self.hidden:
-                _run_until_captured(lambda hidden=hidden: block(hidden, **self._arguments))  # type: ignore[misc]
+            for batch in range(len(self.hidden)):
+                _run_until_captured(lambda batch=batch: self.run(block, batch))  # type: ignore[misc]
         finally:
             handle.remove()
-        return torch.cat(seen)
+        return seen[0].all().flatten(0, 1)
 
     def outputs(self, norm: nn.Module) -> Tensor:
-        """The hidden states after all blocks and the final norm: float32 [tokens, D]."""
-        return torch.cat([norm(hidden).flatten(0, -2).float() for hidden in self.hidden])
+        """The hidden states after all blocks and the final norm: float32 [tokens, D], mapped."""
+        _, T, D = self.hidden.shape
+        normed = ActivationFile(len(self.hidden), (self.hidden.shape[0] * T, D))
+        for index in range(len(self.hidden)):
+            normed[index] = norm(self.hidden[index].to(self.dtype)).flatten(0, -2).float()
+        return normed.all().flatten(0, 1)
 
     def advance(self, block: nn.Module) -> None:
         """Take the hidden states through the block."""
-        for index, hidden in enumerate(self.hidden):
-            out = block(hidden, **self._arguments)
-            self.hidden[index] = out[0] if isinstance(out, tuple) else out
+        after = self._files[(self._at + 1) % 2]
+        for index in range(len(self.hidden)):
+            after[index] = self.run(block, index).float()
+        self._at += 1
+
+    def flush(self) -> None:
+        """Return once the states are on the disk."""
+        self.hidden.flush()
+
+
+def _block_inputs(
+    model: PreTrainedModel, adapter: Adapter, tokens: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """What enters the first block: hidden states [b, T, D], and whatever else it takes."""
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        raise _Captured
+
+    handle = adapter.blocks(model)[0].register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        _run_until_captured(lambda: model(tokens, use_cache=False))
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _run_until_captured(forward: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ from saltire import ops
 from saltire.errors import SaltireError
 from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
 from saltire.nn.quant_linear import QuantLinear
+from saltire.processes import sum_over_all, world_size
 from saltire.quant.gptq import Curvature, choose_grid, gptq
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms import input_diagonal, rotation
@@ -171,17 +172,18 @@ def best_clip(rotated: Tensor, format: LinearFormat) -> float:
     def loss(clip: float) -> float:
         return float((_rounded(probe, replace(format, clip=clip)) - probe).square().sum())
 
-    return min(CLIPS, key=loss)
+    losses = sum_over_all(torch.tensor([loss(clip) for clip in CLIPS]))
+    return CLIPS[int(losses.argmin())]
 
 
 def second_moment(rotated: Tensor, format: LinearFormat) -> Tensor:
-    """X̂ᵀX̂ over all tokens, X̂ the rounded activations: float32 [K, K]."""
+    """X̂ᵀX̂ over the tokens of all processes, X̂ the rounded activations: float32 [K, K]."""
     K = rotated.shape[1]
     H = torch.zeros(K, K)
     for x in rotated.split(MOMENT_CHUNK):
         rounded = _rounded(x, format)
         H.addmm_(rounded.T, rounded)
-    return H
+    return sum_over_all(H)
 
 
 def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
@@ -195,7 +197,7 @@ def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
 
 
 def _diagonal(x: Tensor, weight: Tensor) -> Tensor:
-    rms_x = x.square().mean(0).sqrt()
+    rms_x = (sum_over_all(x.square().mean(0)) / world_size()).sqrt()
     rms_w = weight.square().mean(0).sqrt()
     return input_diagonal(rms_x, rms_w).float()
 

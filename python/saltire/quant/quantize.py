@@ -2,22 +2,136 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from saltire import processes
 from saltire.errors import SaltireError
-from saltire.models.adapters import adapter_for, share_inputs
-from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer
+from saltire.models.adapters import Adapter, adapter_for, share_inputs
+from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer, replace_linear
 from saltire.models.kv_rounding import set_kv_bits
-from saltire.nn.linear_format import AnyFormat
+from saltire.nn.linear_format import AnyFormat, read_format
 from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
+from saltire.quant.journal import Journal
 from saltire.quant.layer import quantize_group
-from saltire.quant.lowrank.compress import group_method
+from saltire.quant.lowrank.compress import GroupMethod, group_method
 from saltire.quant.recipe import Recipe, parse_recipe
 from saltire.quant.texts import calibration_tokens
+
+
+class Weights(Protocol):
+    """Where the weights of a block come from, and where it goes when it is finished."""
+
+    def fill(self, module: nn.Module, prefix: str) -> None: ...
+    def empty(self, module: nn.Module) -> None: ...
+
+
+class Resident:
+    """All weights are in memory and stay there."""
+
+    def fill(self, module: nn.Module, prefix: str) -> None: ...
+    def empty(self, module: nn.Module) -> None: ...
+
+
+class Observer(Protocol):
+    """Sees every block before and after it is quantised, with the runner that feeds it."""
+
+    def before(self, index: int, block: nn.Module, runner: BlockRunner) -> None: ...
+    def after(self, index: int, block: nn.Module, runner: BlockRunner) -> None: ...
+
+
+@dataclass
+class Pass:
+    """One pass over the blocks of a model. tokens: int64 [samples, T], this process's share."""
+
+    model: PreTrainedModel
+    adapter: Adapter
+    recipe: Recipe
+    tokens: Tensor
+    batch: int
+    weights: Weights
+    journal: Journal | None = None
+    observer: Observer | None = None
+
+    def run(self) -> dict[str, AnyFormat]:
+        """Quantise what is not yet quantised; full name -> format of every layer."""
+        model, adapter, journal = self.model, self.adapter, self.journal
+        set_kv_bits(model, self.recipe.kv_bits)
+        method = group_method(model, adapter, self.tokens, self.batch, self.recipe)
+        done = 0 if journal is None else journal.finished()
+        formats: dict[str, AnyFormat] = {}
+        for index in range(done):
+            formats |= self._restore(index)
+        files = None if journal is None else journal.states()
+        runner = BlockRunner(model, adapter, self.tokens, self.batch, files=files, start=done)
+        blocks = list(enumerate(adapter.blocks(model)))[done:]
+        for index, block in track(blocks, f"quantising to {self.recipe.name}"):
+            path = self._path(index)
+            self.weights.fill(block, path)
+            if self.observer is not None:
+                self.observer.before(index, block, runner)
+            made = quantize_block(block, path, adapter, runner, method)
+            if self.observer is not None:
+                self.observer.after(index, block, runner)
+            runner.advance(block)
+            rest = getattr(torch, self.recipe.rest_dtype)
+            round_rest(block, rest)
+            if journal is not None:
+                runner.flush()
+                processes.barrier()  # the states of all processes, before the block counts
+                values = {name: format.to_dict() for name, format in made.items()}
+                journal.keep_block(index, path, block, values, rest)
+            formats |= made
+            self.weights.empty(block)
+        return formats | self._head(runner)
+
+    def _head(self, runner: BlockRunner) -> dict[str, AnyFormat]:
+        if not self.recipe.head:
+            return {}
+        norm, head_path = self.model.get_submodule(self.adapter.norm_path), self.adapter.head_path
+        self.weights.fill(norm, self.adapter.norm_path)
+        x = runner.outputs(norm)
+        self.weights.fill(self.model.get_submodule(head_path), head_path)
+        recipe = self.recipe.head_recipe(x.shape[1])
+        head = quantize_group(self.model, (head_path,), x, recipe)[head_path]
+        return {head_path: head.format}
+
+    def _restore(self, index: int) -> dict[str, AnyFormat]:
+        """Put a block of an earlier run in place, unless blocks leave memory anyway."""
+        assert self.journal is not None
+        formats = {
+            name: read_format(values) for name, values in self.journal.formats(index).items()
+        }
+        if isinstance(self.weights, Resident):
+            for name, format in formats.items():
+                replace_linear(self.model, name, format)
+            prefix = f"{self._path(index)}."
+            block = self.adapter.blocks(self.model)[index]
+            tensors = self.journal.tensors(index)
+            block.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()})
+        return formats
+
+    def _path(self, index: int) -> str:
+        return f"{self.adapter.blocks_path}.{index}"
+
+
+def quantize_block(
+    block: nn.Module, path: str, adapter: Adapter, runner: BlockRunner, method: GroupMethod
+) -> dict[str, AnyFormat]:
+    """Quantise the linears of a block in place; full name -> format."""
+    formats: dict[str, AnyFormat] = {}
+    for group in adapter.groups:
+        x = runner.inputs_of(block, group[0])
+        for name, new in method(block, path, group, x).items():
+            formats[f"{path}.{name}"] = new.format
+    return formats
 
 
 @torch.no_grad()
@@ -31,58 +145,65 @@ def quantize(
     length: int = 512,
     batch: int = 4,
     seed: int = 0,
+    journal: Journal | None = None,
+    observer: Observer | None = None,
 ) -> PreTrainedModel:
     """Quantise the linears of every block in place; returns the model.
 
     calibration: ``"self"`` (text sampled from the model), a ``.txt`` or ``.jsonl`` file, a Hugging
-    Face dataset, or tokens int64 [samples, length]. batch: samples run at once. Afterwards
-    ``model.save_pretrained`` writes packed integers. Raises SaltireError for an unsupported
-    architecture, a model already quantised, or unusable calibration.
+    Face dataset, or tokens int64 [samples, length]. batch: samples run at once. journal: keeps what
+    is finished, for a run that goes on after a kill (``saltire.quant.job`` makes one). Under
+    torchrun the processes divide the samples. Afterwards ``model.save_pretrained`` writes packed
+    integers. Raises SaltireError for an unsupported architecture, a model already quantised, or
+    unusable calibration.
     """
     recipe = parse_recipe(recipe)
     adapter = adapter_for(model.config)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise SaltireError("the model is already quantised. Start from the original model.")
-    tokens = (
-        calibration
-        if isinstance(calibration, Tensor)
-        else calibration_tokens(
-            calibration, model, tokenizer, samples=samples, length=length, seed=seed
-        )
-    )
-    usable = tokens.shape[0] // batch * batch or tokens.shape[0]  # batches of one shape
     model.eval()
-    set_kv_bits(model, recipe.kv_bits)
-    method = group_method(model, adapter, tokens[:usable], batch, recipe)
-    runner = BlockRunner(model, adapter, tokens[:usable], batch)
-    formats: dict[str, AnyFormat] = {}
-    for index, block in enumerate(track(adapter.blocks(model), f"quantising to {recipe.name}")):
-        for group in adapter.groups:
-            x = runner.inputs_of(block, group[0])
-            path = f"{adapter.blocks_path}.{index}"
-            for name, new in method(block, path, group, x).items():
-                formats[f"{path}.{name}"] = new.format
-        runner.advance(block)
+    tokens = None if journal is None else journal.tokens()
+    if tokens is None:
+        tokens = (
+            calibration
+            if isinstance(calibration, Tensor)
+            else calibration_tokens(
+                calibration, model, tokenizer, samples=samples, length=length, seed=seed
+            )
+        )
+        tokens = processes.from_first(tokens)
+        if journal is not None:
+            journal.keep_tokens(tokens)
+    part, batch = share_of(tokens, batch)
+    formats = Pass(model, adapter, recipe, part, batch, Resident(), journal, observer).run()
     if recipe.head:
-        x = runner.outputs(model.get_submodule(adapter.norm_path))
-        head = quantize_group(model, (adapter.head_path,), x, recipe.head_recipe(x.shape[1]))
-        formats[adapter.head_path] = head[adapter.head_path].format
         model.config.tie_word_embeddings = False
-    _round_the_rest(model, getattr(torch, recipe.rest_dtype))
-    _attach_config(model, recipe, formats)
+    round_rest(model, getattr(torch, recipe.rest_dtype))
+    attach_config(model, recipe, formats)
     share_inputs(model)
     return model
 
 
-def _round_the_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def share_of(tokens: Tensor, batch: int) -> tuple[Tensor, int]:
+    """This process's samples, cut to whole batches, and the samples of one batch."""
+    mine = processes.share(len(tokens), "calibration samples")
+    tokens = tokens[mine.start : mine.stop]
+    batch = min(batch, len(tokens))
+    return tokens[: len(tokens) // batch * batch], batch
+
+
+def round_rest(module: nn.Module, dtype: torch.dtype) -> None:
     """Round what stays unquantised to the dtype it is stored in, so that reloading is exact."""
-    for parameter in model.parameters():
+    for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def _attach_config(model: PreTrainedModel, recipe: Recipe, formats: dict[str, AnyFormat]) -> None:
-    layers = {name: format.to_dict() for name, format in formats.items()}
+def attach_config(
+    model: PreTrainedModel, recipe: Recipe, formats: Mapping[str, AnyFormat]
+) -> SaltireConfig:
+    """Tell transformers how the model is quantised, so that it saves and loads itself."""
+    layers: dict[str, dict[str, Any]] = {name: f.to_dict() for name, f in formats.items()}
     config = SaltireConfig(
         layers, recipe=recipe.name, rest_dtype=recipe.rest_dtype, kv_bits=recipe.kv_bits
     )
@@ -90,3 +211,4 @@ def _attach_config(model: PreTrainedModel, recipe: Recipe, formats: dict[str, An
     model.hf_quantizer = SaltireHfQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    return config

@@ -1,4 +1,4 @@
-"""Specification of a cache of few bits: rotate a head, round it to an asymmetric grid of its own."""
+"""Specification of a cache of few bits: heads are rotated, each rounded to a grid of its own."""
 
 from __future__ import annotations
 

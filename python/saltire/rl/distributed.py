@@ -5,7 +5,6 @@ One process without ``torchrun`` is a world of one; nothing here then touches to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,30 +14,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from saltire.errors import SaltireError
+from saltire.processes import barrier, rank, share, start_if_launched, world_size
+
+__all__ = ["barrier", "rank", "share", "start_if_launched", "world_size"]
 
 T = TypeVar("T")
-
-
-def start_if_launched() -> None:
-    """Join the process group that torchrun has prepared, with gloo on CPU and NCCL on CUDA."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-
-
-def rank() -> int:
-    """This process's number; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def default_device() -> torch.device:
@@ -58,22 +38,6 @@ def all_sum(values: Sequence[float]) -> list[float]:
 def all_max(values: Sequence[float]) -> list[float]:
     """Each value's largest over the ranks."""
     return _reduce(values, dist.ReduceOp.MAX)
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def share(count: int, what: str) -> range:
-    """This rank's part of ``count`` things, which the ranks divide evenly."""
-    each, left = divmod(count, world_size())
-    if left:
-        raise SaltireError(
-            f"{count} {what} cannot be divided among {world_size()} ranks; make it a multiple."
-        )
-    return range(rank() * each, (rank() + 1) * each)
 
 
 def part_of(things: Sequence[T]) -> Sequence[T]:
