@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from saltire.errors import SaltireError
 from saltire.files import replacing_directory, replacing_file
 from saltire.models.hf_quantizer import FORMAT_VERSION, SaltireConfig
-from saltire.models.saving import save_checkpoint
+from saltire.models.loading import load_model
+from saltire.models.saving import check_destination, save_checkpoint
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import quantize
 from tests.tiny import ARCHITECTURES, random_tokens, tiny_model
@@ -197,6 +198,23 @@ def test_a_folder_that_is_not_a_model_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(SaltireError, match="not a model directory"):
         save_checkpoint(quantised(), None, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unwritable_place_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaltireError, match=r"cannot write .*Choose another place"):
+        check_destination(tmp_path / "file" / "out")
+    check_destination(tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == [], "the trial left something behind"
+
+
+def test_a_name_that_is_no_directory_is_refused_at_once_without_a_network(monkeypatch) -> None:
+    def no_network(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    with pytest.raises(SaltireError, match="nosuch is no directory here"):
+        load_model("nosuch")
 
 
 def test_an_unwritable_file_is_reported_in_one_line(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def load_model(
     except SaltireError:
         raise
     except Exception as error:
-        raise SaltireError(f"cannot load {spec}: {_one_line(error)}") from error
+        raise SaltireError(_cannot_load("", spec, options, error)) from error
     if info["missing_keys"]:  # transformers would go on with random values
         names = sorted(info["missing_keys"])
         raise SaltireError(
@@ -55,6 +56,15 @@ def load_model(
             "The checkpoint is incomplete; save or fetch it again."
         )
     return model.eval(), tokenizer
+
+
+def _cannot_load(what: str, spec: str | Path, options: Mapping[str, Any], error: Exception) -> str:
+    if options.get("local_files_only"):
+        return (
+            f"{spec} is no directory here, and the hub is out of reach. Give the path of a model "
+            "directory or a .gguf file, or 'default'."
+        )
+    return f"cannot load {what}{spec}: {_one_line(error)}"
 
 
 def load_tokenizer(spec: str | Path = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
@@ -66,7 +76,7 @@ def load_tokenizer(spec: str | Path = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
         with _no_gguf_bar():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
-        raise SaltireError(f"cannot load the tokenizer of {spec}: {_one_line(error)}") from error
+        raise SaltireError(_cannot_load("the tokenizer of ", spec, options, error)) from error
 
 
 @contextlib.contextmanager
@@ -105,7 +115,21 @@ def _source(spec: str | Path) -> tuple[str, dict[str, Any]]:
         raise SaltireError(f"{path} is a file; expected a model directory or a .gguf file.")
     if path.is_absolute() or str(spec).startswith(".") or str(spec).count("/") > 1:
         raise SaltireError(f"there is no model directory {path}.")
-    return str(spec), {}
+    # Without a network the hub's client would retry for half a minute before it says so; a model
+    # that it has fetched before is found all the same.
+    return str(spec), {} if _hub_in_reach() else {"local_files_only": True}
+
+
+def _hub_in_reach() -> bool:
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants
+
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def check_model_directory(path: Path) -> None:

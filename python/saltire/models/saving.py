@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ def save_checkpoint(
 
 
 def check_destination(out: Path) -> None:
-    """Raise SaltireError if ``out`` holds something that is not a model directory."""
+    """Raise SaltireError if ``out`` cannot be written, or holds something else than a model.
+
+    Tries it for real, before hours of work: permissions alone do not tell.
+    """
     if out.is_dir():
         usable = (out / "config.json").exists() or not any(out.iterdir())
     else:
@@ -49,3 +53,11 @@ def check_destination(out: Path) -> None:
         raise SaltireError(
             f"{out} exists and is not a model directory; it is left alone. Choose another place."
         )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise SaltireError(
+            f"cannot write {out}: {error.strerror or error}. Choose another place."
+        ) from error
