@@ -102,6 +102,8 @@ def print_facts(facts: dict[str, object], out: Path) -> None:
         ("edges scored", facts["edges"]),
         ("mean gain, nats", f"{facts['mean_gain']:.2f}"),
         ("direction, signal to noise", f"{facts['direction_snr']:.2f}"),
+        ("mean distance of a gain, tokens", f"{facts['mean_distance']:,.0f}"),
+        ("8-grams copied from before", f"{facts['copy_rate']:.2%}"),
     ]
     _console.out.print(
         _console.table(f"samples in {out}", ("", ""), [(k, str(v)) for k, v in rows])

@@ -80,6 +80,9 @@ def _table(stats: dict[str, Any], config: dict[str, Any]) -> str:
         "samples ordered exactly": f"{stats['exactly_ordered']:,}",
         "mean gain of an edge, nats": f"{stats['mean_gain']:.2f}",
         "direction, signal to noise": f"{stats['direction_snr']:.2f}",
+        "mean distance of a forward gain, tokens": f"{stats['mean_distance']:,.0f}",
+        "forward gains over a quarter of the sample": f"{stats['far_share']:.1%}",
+        "8-grams copied from an earlier document": f"{stats['copy_rate']:.2%}",
     }
     cells = (
         f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items()

@@ -24,6 +24,7 @@ from saltire.synth.dependency import (
     pruned_edges,
 )
 from saltire.synth.encode import load_encoder
+from saltire.synth.metrics import dependency_distance, ngram_copy_rate
 from saltire.synth.neighbours import block_file
 from saltire.synth.orders import order_group
 from saltire.synth.pack import make_separator, pack
@@ -147,6 +148,7 @@ def build_shard(out: str, shard: int) -> None:
     write_shard(shard_file(work.data, shard, config.format), records)
     gains = np.concatenate([s.gains for s in built])
     histogram, _ = np.histogram(np.clip(gains, NATS[0], NATS[1]), NATS[2], NATS[:2])
+    reach = [dependency_distance(r) for r in records]
     facts = {
         "samples": len(built),
         "tokens": [r["tokens"] for r in records],
@@ -158,6 +160,10 @@ def build_shard(out: str, shard: int) -> None:
         "edges": len(gains),
         "gain_sum": float(gains.sum()),
         "gain_histogram": histogram.tolist(),
+        "forward_nats": sum(d.nats for d in reach),
+        "forward_nat_tokens": sum(d.nats * d.mean for d in reach),
+        "far_nats": sum(d.nats * d.far_share for d in reach),
+        "copy_rate": sum(s.copy_rate for s in built),
         "direction_squared": sum(s.moments[0] for s in built),
         "direction_noise": sum(s.moments[1] for s in built),
     }
@@ -170,7 +176,7 @@ def _numbered(work: Work, shard: int) -> list[tuple[int, list[list[int]]]]:
 
 
 class _Sample:
-    """One sample: its record, the gains of its edges, and its direction's moments."""
+    """One sample: its record, the gains of its edges, its copying, and its direction's moments."""
 
     def __init__(
         self, work: Work, config: SynthConfig, groups: list[list[int]], shard: int, number: int
@@ -209,6 +215,7 @@ class _Sample:
             separator,
         )
         names = [store.id(n) for n in numbers]
+        self.copy_rate = ngram_copy_rate([store.tokens(n) for n in numbers])
         self.gains = np.array([edge["nats"] for edge in edges])
         self.record: dict[str, Any] = {
             "id": document_id("\n".join(names)),

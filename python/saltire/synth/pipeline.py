@@ -217,7 +217,7 @@ def _statistics(
 
     tokens = np.array([t for fact in facts for t in fact["tokens"]])
     bins = np.histogram(tokens / config.target_tokens, 20, (0, 1))[0]
-    edges = total("edges")
+    edges, forward = total("edges"), total("forward_nats")
     return {
         "rows": counts["rows"],
         "skipped": dict(sorted(problems.counts.items())),
@@ -239,6 +239,9 @@ def _statistics(
         "mean_gain": total("gain_sum") / edges if edges else 0.0,
         "gain_range": NATS[:2],
         "gain_histogram": np.sum([fact["gain_histogram"] for fact in facts], axis=0).tolist(),
+        "mean_distance": total("forward_nat_tokens") / forward if forward else 0.0,
+        "far_share": total("far_nats") / forward if forward else 0.0,
+        "copy_rate": total("copy_rate") / total("samples"),
         "direction_snr": signal_to_noise(total("direction_squared"), total("direction_noise")),
     }
 
