@@ -78,6 +78,7 @@ def _table(stats: dict[str, Any], config: dict[str, Any]) -> str:
         "tokens": f"{stats['tokens']:,}",
         "fill": f"{stats['fill']:.1%}",
         "samples ordered exactly": f"{stats['exactly_ordered']:,}",
+        "value of the orders, nats": f"{stats['objective']:,.0f} of {stats['bound']:,.0f} at most",
         "mean gain of an edge, nats": f"{stats['mean_gain']:.2f}",
         "direction, signal to noise": f"{stats['direction_snr']:.2f}",
         "mean distance of a forward gain, tokens": f"{stats['mean_distance']:,.0f}",
@@ -96,23 +97,27 @@ def _figure(svg: str, caption: str) -> str:
 
 def _histogram(counts: Sequence[int], low: float, high: float) -> str:
     width, height, top = 720, 180, max(1, *counts)
-    step = width / len(counts)
+    step, head = width / len(counts), 18  # the number of the highest bar stands above all bars
     bars = "".join(
-        f'<rect x="{k * step + 1:.1f}" y="{height - height * count / top:.1f}" '
+        f'<rect x="{k * step + 1:.1f}" y="{head + height - height * count / top:.1f}" '
         f'width="{step - 2:.1f}" height="{height * count / top:.1f}" fill="#3b7dd8">'
         f"<title>{count}</title></rect>"
         for k, count in enumerate(counts)
     )
     ticks = "".join(
-        f'<text x="{x:.0f}" y="{height + 16}" text-anchor="{anchor}">{value:,.0f}</text>'
+        f'<text x="{x:.0f}" y="{head + height + 16}" text-anchor="{anchor}">{value:,.0f}</text>'
         for x, value, anchor in (
             (0, low, "start"),
             (width / 2, (low + high) / 2, "middle"),
             (width, high, "end"),
         )
     )
-    label = f'<text x="{width}" y="10" text-anchor="end">most: {top:,}</text>'
-    return f'<svg viewBox="0 0 {width} {height + 22}" width="{width}">{bars}{ticks}{label}</svg>'
+    k = max(range(len(counts)), key=lambda k: counts[k])
+    x = min(max((k + 0.5) * step, 12), width - 12)
+    label = f'<text x="{x:.0f}" y="12" text-anchor="middle">{top:,}</text>'
+    axis = f'<path d="M0 {head + height}H{width}" stroke="#bbb"/>'
+    size = f'viewBox="0 0 {width} {head + height + 22}" width="{width}"'
+    return f"<svg {size}>{bars}{axis}{ticks}{label}</svg>"
 
 
 def _arcs(sample: dict[str, Any]) -> str:
@@ -121,11 +126,17 @@ def _arcs(sample: dict[str, Any]) -> str:
     edges = [e for e in sample["edges"] if e["nats"] > 0]
     most = max((e["nats"] for e in edges), default=1.0)
     reach = max((abs(e["target"] - e["source"]) for e in edges), default=1)
-    height = min(320.0, reach * step / 2 + 20)
+    scale = min(312.0, reach * step / 2 + 12) / reach
+
+    def highest(sign: int) -> float:
+        spans = (sign * (e["target"] - e["source"]) for e in edges)
+        return scale * max(0, *spans, 0) + 10
+
+    height, depth = highest(1), highest(-1)
     shapes = []
     for edge in sorted(edges, key=lambda e: e["nats"]):
         a, b = ((edge[end] + 0.5) * step for end in ("source", "target"))
-        rise = (height - 8) * abs(edge["target"] - edge["source"]) / reach
+        rise = scale * abs(edge["target"] - edge["source"])
         forward = edge["target"] > edge["source"]
         peak = height - 2 * rise if forward else height + 2 * rise
         shapes.append(
@@ -140,7 +151,8 @@ def _arcs(sample: dict[str, Any]) -> str:
         f"<title>{k}: {name}</title></circle>"
         for k, name in enumerate(sample["documents"])
     ]
-    return f'<svg viewBox="0 0 {width} {2 * height:.0f}" width="{width}">{"".join(shapes)}</svg>'
+    size = f'viewBox="0 0 {width} {height + depth:.0f}" width="{width}"'
+    return f"<svg {size}>{''.join(shapes)}</svg>"
 
 
 def _documents(sample: dict[str, Any]) -> str:
