@@ -9,9 +9,11 @@ perplexity that quantising costs over the unquantised low-rank model, DAM with i
 plain SVD with Σ in the first factor; dam_vs_balanced_gap, the same over SVD-LLM's split of Σ in two
 halves; order_gap (> 1), perplexity of quantising first over that of truncating first, both naive;
 qlr_dam_vs_qlr_gap (<= 0.9) and w2_qlr_vs_w2_gap (<= 0.8), gaps to fp32 at equal bytes;
-factored_vs_dense_time_m1, _m512 (<= 0.65), K = N = 4096, rank K/4; learned_seconds (<= 900), the
-whole model with a learned diagonal; learned_spread, over 5 seeds, of the held-out loss relative to
-its mean, the largest of three layers. --quick: one budget, half the tokens; the same method.
+factored_vs_dense_time (<= 0.65), the larger of _m1 and _m512, K = N = 4096, rank K/4;
+learned_seconds (<= 900), the whole model with a learned diagonal; learned_spread, over 5 seeds, of
+the held-out loss relative to its mean, the largest of three layers. --quick: one budget, half the
+tokens; the same method.
+--parts: some of the tables only. A row goes to the CSV as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,27 +51,37 @@ from saltire.quant.recipe import RECIPES, LowRank, Recipe
 from saltire.quant.texts import calibration_tokens, evaluation_tokens
 
 Ranks = Mapping[str, "int | None"]
+PARTS = ("timing", "seeds", "factored", "residual")
 
 
 class Bench:
     """The texts, and one row for every model that was made of the default one."""
 
-    def __init__(self, folder: Path | None, quick: bool) -> None:
+    def __init__(self, folder: Path | None, stamp: Mapping[str, object]) -> None:
+        quick = bool(stamp["quick"])
         samples, windows = (4, 6) if quick else (8, 12)
         calibration, test = (
             (str(folder / "valid.txt"), str(folder / "test.txt")) if folder else ("self", "pydoc")
         )
+        self.stamp, self.seconds = stamp, 0.0  # of making the last model
         model, tokenizer = load_model()
         self.tokens = calibration_tokens(
             calibration, model, tokenizer, samples=samples, length=1024
         )
         self.test = evaluation_tokens(test, tokenizer, windows=windows, length=1024)
         self.adapter = adapter_for(model.config)
-        self.rows: list[dict[str, object]] = []
-        self.fp32 = perplexity(model, self.test).value
-        self.layers: dict[str, LayerSpectrum] = spectra(model, self.adapter, self.tokens, 2)
-        self.w4 = sum(layer.w4_bytes() for layer in self.layers.values())
-        print(f"fp32 {self.fp32:.2f}", flush=True)
+
+    @cached_property
+    def fp32(self) -> float:
+        return perplexity(load_model()[0], self.test).value
+
+    @cached_property
+    def layers(self) -> dict[str, LayerSpectrum]:
+        return spectra(load_model()[0], self.adapter, self.tokens, 2)
+
+    @property
+    def w4(self) -> int:
+        return sum(layer.w4_bytes() for layer in self.layers.values())
 
     @torch.no_grad()
     def measure(self, name: str, share: float, recipe: Recipe | None, ranks: Ranks) -> float:
@@ -91,7 +104,7 @@ class Bench:
                     residual_group(block, names, x, recipe, {n: r or 0 for n, r in chosen.items()})
             runner.advance(block)
         share_inputs(model)
-        made = time.perf_counter() - start
+        self.seconds = time.perf_counter() - start
         value = perplexity(model, self.test).value
         stored = sum(
             tensor.nbytes
@@ -100,15 +113,15 @@ class Bench:
             if isinstance(module, QuantLinear)
             for tensor in module.state_dict().values()
         )
-        row = {
-            "case": f"share {share:g}",
-            "variant": name,
-            "perplexity": round(value, 3),
-            "bytes_over_w4": round(stored / self.w4, 4),
-            "seconds": round(made, 1),
-        }
-        self.rows.append(row)
-        print(row, flush=True)
+        save(
+            self.stamp,
+            case=f"share {share:g}",
+            variant=name,
+            perplexity=round(value, 3),
+            fp32=round(self.fp32, 3),
+            bytes_over_w4=round(stored / self.w4, 4),
+            seconds=round(self.seconds, 1),
+        )
         return value
 
 
@@ -139,9 +152,8 @@ def factored_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
     first = run("Q->L naive", "down", first=True)
     dam = run("L->Q DAM, rotation", "hadamard")
     balanced = run("L->Q Σ in halves", "balanced")
-    start = time.perf_counter()
     learned = run("L->Q DAM, learned, rotation", "learned-hadamard")
-    seconds = time.perf_counter() - start
+    seconds = bench.seconds
     if not quick:
         run("L->Q Σ in the second factor", "up")
         run("L->Q DAM, closed form", "closed")
@@ -180,7 +192,7 @@ def residual_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def timing(seconds: float) -> dict[str, float]:
+def timing(seconds: float, stamp: Mapping[str, object]) -> dict[str, float]:
     """Our factored W4A4 linear against our dense one, each on weights that come from memory."""
     K = N = 4096
     outer = LinearFormat(4, 4, diag=True, hadamard=64)
@@ -206,8 +218,10 @@ def timing(seconds: float) -> dict[str, float]:
         ]
         rounds = interleave(variants, seconds, calls=8 if M == 1 else 1)
         for name in ("dense", "factored"):
-            print(f"M = {M:4} {name:9} {rounds[name].median * 1e3:8.3f} ms")
+            milliseconds = round(rounds[name].median * 1e3, 4)
+            save(stamp, case=f"M={M} N=K={K} R={K // 4}", variant=name, median_ms=milliseconds)
         keys[f"factored_vs_dense_time_m{M}"] = rounds.ratio("factored", "dense")
+    keys["factored_vs_dense_time"] = max(keys.values())
     return keys
 
 
@@ -235,15 +249,17 @@ def seeds(bench: Bench) -> dict[str, float]:
     return {"learned_spread": max(spreads), "learned_loss_over_closed": statistics.mean(gains)}
 
 
-def save(rows: list[dict[str, object]], stamp: dict[str, object]) -> None:
-    """Append the rows to the CSV."""
+def save(stamp: Mapping[str, object], **row: object) -> None:
+    """Print a row and append it to the CSV."""
+    print(row, flush=True)
     path = HERE / "results" / "lowrank.csv"
+    path.parent.mkdir(exist_ok=True)
     old = list(csv.DictReader(path.open())) if path.exists() else []
-    new = [{**stamp, **row} for row in rows]
+    rows = [*old, {**stamp, **row}]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in new for key in row)))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for each in rows for key in each)))
         writer.writeheader()
-        writer.writerows([*old, *new])
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -251,16 +267,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one budget, half the tokens")
     parser.add_argument("--data", default=os.environ.get("SALTIRE_DATA"), help="folder of data")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of the tables only")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts {options.parts}; expected some of {','.join(PARTS)}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    start = time.perf_counter()
-    keys = timing(4.0 if options.quick else 10.0)
-    bench = Bench(Path(options.data) / "wikitext-2" if options.data else None, options.quick)
-    keys |= seeds(bench)
-    for share in (0.8,) if options.quick else (0.8, 0.6, 0.4):
-        keys |= factored_table(bench, share, options.quick)
-    keys |= residual_table(bench, 0.8, options.quick)
     stamp: dict[str, object] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -268,10 +281,23 @@ def main() -> None:
         "quick": options.quick,
         "text": "wikitext-2" if options.data else "embedded",
     }
-    save(bench.rows, stamp)
-    seconds = round(time.perf_counter() - start, 1)
+    start = time.perf_counter()
+    keys: dict[str, float] = {}
+    if "timing" in parts:
+        keys |= timing(4.0 if options.quick else 10.0, stamp)
+    if parts != ["timing"]:
+        bench = Bench(Path(options.data) / "wikitext-2" if options.data else None, stamp)
+        if "residual" in parts:
+            keys |= residual_table(bench, 0.8, options.quick)
+        for share in (0.8,) if options.quick else (0.8, 0.6, 0.4):
+            if "factored" in parts:
+                keys |= factored_table(bench, share, options.quick)
+        if "seeds" in parts:
+            keys |= seeds(bench)
+        if parts != ["seeds"]:
+            keys["ppl_fp32"] = bench.fp32
     rounded = {name: round(value, 3) for name, value in keys.items()}
-    print(json.dumps({**rounded, "ppl_fp32": round(bench.fp32, 3), **stamp, "seconds": seconds}))
+    print(json.dumps({**rounded, **stamp, "seconds": round(time.perf_counter() - start, 1)}))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,13 @@ constexpr int max_activation_code(int bits) {
   return (1 << (bits - 1)) - 1;
 }
 
+// True if a code lies outside -Q..Q. A comparison of bytes, which compilers vectorise.
+inline bool codes_exceed(const int8_t* codes, int64_t count, int q) {
+  unsigned char bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (codes[i] > q) | (codes[i] < -q);
+  return bad != 0;
+}
+
 // The zero of a symmetric weight. 2 bits are mid-rise (no code for 0): four levels around zero keep
 // more of a bell-shaped weight than -2..1 would.
 constexpr float symmetric_zero(int bits) {

@@ -17,7 +17,7 @@ struct TokenQuantizer {
   const float* right = nullptr;
   int64_t right_size = 0;
   int act_bits = 8;
-  float clip = 1.0f;
+  double clip = 1.0;      // divided by Q before it is rounded to float, as in the op
   int64_t sum_group = 0;  // inputs that share a sum
 };
 

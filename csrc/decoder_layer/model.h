@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/code_rows.h"
 #include "core/quant_linear.h"
-#include "decoder_layer/memory.h"
 #include "decoder_layer/op.h"
 
 namespace saltire::decoder_layer {

@@ -155,7 +155,7 @@ class Reader {
                   "; expected a ratio in (0, 1].");
     input.k = k;
     input.act_bits = static_cast<int>(act_bits);
-    input.clip = static_cast<float>(clip);
+    input.clip = clip;
     input.sum_group = out.packed.group;
     input.hadamard = next();
     SALTIRE_CHECK(input.hadamard >= 1 && (input.hadamard & (input.hadamard - 1)) == 0 &&

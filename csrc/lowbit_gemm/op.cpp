@@ -199,13 +199,6 @@ KernelChoice choose_kernel() {
   }
 }
 
-// True if a code lies outside -Q..Q. A comparison of bytes, which compilers vectorise.
-bool exceeds(const int8_t* codes, int64_t count, int q) {
-  unsigned char bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad |= (codes[i] > q) | (codes[i] < -q);
-  return bad != 0;
-}
-
 // Rows of a tile -> [K / 4][rows][4]: see Gemm.
 void pack_tile(const int8_t* codes, int8_t* out, int64_t rows, int64_t k) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -266,7 +259,7 @@ void run(Gemm& gemm, const KernelChoice& choice, const int8_t* codes, const int3
       const int64_t row0 = gemm.tiles.begin(tile);
       const int64_t rows = gemm.tiles.begin(tile + 1) - row0;
       const int8_t* from = codes + row0 * layout.k;
-      if (check_range) bad[static_cast<size_t>(tile)] = exceeds(from, rows * layout.k, q);
+      if (check_range) bad[static_cast<size_t>(tile)] = codes_exceed(from, rows * layout.k, q);
       if (m > 1) pack_tile(from, x.data() + row0 * layout.k, rows, layout.k);
       shift_tile(layout, sums + row0 * layout.groups(), shift.data() + row0 * layout.groups(),
                  rows);

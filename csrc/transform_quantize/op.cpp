@@ -90,7 +90,7 @@ void quantize_token(const TokenQuantizer& how, const float* x, int8_t* codes, fl
   const int64_t B = how.right != nullptr ? how.right_size : how.hadamard;
   const Transform transform = {how.k, how.k / B, B, how.diag, how.left, how.right, how.hadamard};
   const int Q = max_activation_code(how.act_bits);
-  const Rounding rounding = {Q, how.clip / static_cast<float>(Q), how.sum_group};
+  const Rounding rounding = {Q, static_cast<float>(how.clip / Q), how.sum_group};
   const Kernels k = kernels();
   const int64_t stride = (how.k + 15) / 16 * 16;
   k.transform(transform, x, Dtype::f32, scratch, scratch + stride);

@@ -40,6 +40,7 @@ def quantize(
     """Quantise MODEL and write packed integers to OUT (whole or not at all)."""
     from saltire import processes
     from saltire.quant.job import Job, run
+    from saltire.quant.lowrank.compress import kept_whole
     from saltire.quant.recipe import parse_recipe
 
     chosen = parse_recipe(recipe)
@@ -70,6 +71,8 @@ def quantize(
         # Linux counts kilobytes of 1,024 bytes.
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
     }
+    if chosen.low_rank is not None and chosen.low_rank.kind == "factored":
+        facts["low_rank"] = kept_whole(out)
     if json:
         _console.print_json(facts)
         return
@@ -77,3 +80,5 @@ def quantize(
         f"{facts['recipe']} checkpoint of {facts['megabytes']} MB in {out} "
         f"after {facts['seconds']} s, at most {facts['peak_rss_mb']} MB of memory"
     )
+    if "low_rank" in facts:
+        _console.out.print(facts["low_rank"])

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from saltire import ops
 from saltire.nn.linear_format import FactoredFormat
-from saltire.nn.quant_linear import QuantLinear, SharedInput
-
-# Bytes of ranks in float32 at once: with their codes and both factors they stay in the last cache.
-INTERMEDIATE_BYTES = 4 << 20
+from saltire.nn.quant_linear import Quantized, QuantLinear, SharedInput
 
 
 class FactoredQuantLinear(nn.Module):
     """``y = Q(Q(T(x))·Q(down)ᵀ)·Q(up)ᵀ + b``: the ranks are quantised once, on their way.
 
     x: float [..., K] -> [..., N] in x's dtype. Whatever stands between the factors (DAM's diagonal,
-    a rotation) is folded into both, so nothing of it is left here. Many tokens are taken in runs
-    whose ranks stay in the cache; runs do not change any value. Buffers: those of two QuantLinears.
+    a rotation) is folded into both, so nothing of it is left here. On the CPU both products and
+    the rounding between them are one op, in which the ranks never leave the cache. Buffers: those
+    of two QuantLinears.
     """
 
     def __init__(
@@ -39,13 +38,29 @@ class FactoredQuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.down.quantized(x)
-        run = max(1, INTERMEDIATE_BYTES // (4 * self.format.rank))
-        parts = []
-        for part in zip(*(t.split(run) for t in tokens), strict=True):
-            ranks = self.down.multiply(part, torch.float32, x)
-            parts.append(self.up.multiply(self.up.quantize_input(ranks), x.dtype, ranks))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if tokens[0].device.type == "cpu":
+            y = self._both(tokens).to(x.dtype)
+        else:
+            ranks = self.down.multiply(tokens, torch.float32, x)
+            y = self.up.multiply(self.up.quantize_input(ranks), x.dtype, ranks)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _both(self, tokens: Quantized) -> Tensor:
+        between = self.format.up
+        return ops.factored_gemm(
+            *tokens,
+            self.down.prepare(),
+            self.up.prepare(),
+            self.out_features,
+            act_bits=self.format.down.act_bits,
+            rank_bits=between.act_bits,
+            clip=between.clip,
+            hadamard=between.hadamard,
+            diag=self.up.diag,
+            left=self.up.left,
+            right=self.up.right,
+            bias=self.up.bias,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.format.rank}"

@@ -110,6 +110,10 @@ class FactoredFormat:
 
     def check_fits(self, name: str, in_features: int) -> None:
         """Raise SaltireError unless a layer with ``in_features`` inputs can have this format."""
+        if self.down.rank or self.up.rank:
+            raise SaltireError(
+                f"{name}: factors have no branch of low rank; expected rank 0 in both."
+            )
         self.down.check_fits(f"{name}.down", in_features)
         self.up.check_fits(f"{name}.up", self.rank)
 

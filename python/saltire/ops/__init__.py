@@ -1,5 +1,6 @@
 """Low-level kernels: one file per room of csrc, each with its public function and fake kernel."""
 
+from saltire.ops.factored_linear import factored_gemm
 from saltire.ops.isa import best_isa, current_isa, force_isa, isa_reason
 from saltire.ops.lowbit_gemm import (
     lowbit_gemm,
@@ -29,6 +30,7 @@ __all__ = [
     "best_path",
     "current_isa",
     "draw_tokens",
+    "factored_gemm",
     "force_isa",
     "isa_reason",
     "linear_token_stats",

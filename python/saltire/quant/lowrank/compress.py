@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +22,17 @@ from saltire.quant.recipe import Recipe
 GroupMethod = Callable[
     [nn.Module, str, tuple[str, ...], Tensor], Mapping[str, QuantLinear | FactoredQuantLinear]
 ]
+
+
+def kept_whole(checkpoint: Path) -> str:
+    """Says how many linears of a checkpoint have two factors, and how many are whole."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    layers = config["quantization_config"]["layers"].values()
+    factored = sum("down" in format for format in layers)
+    return (
+        f"{factored} linears in two factors, {len(layers) - factored} whole: a whole one is "
+        "smaller than the factors it needs, or loses too much in them"
+    )
 
 
 def group_method(

@@ -1,4 +1,5 @@
-// Memory that a decoder keeps between steps, and rows on their way to quantised products in it.
+// Rows on their way to products of low-bit weights, for rooms that reach the kernels through
+// quant_linear.h.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -7,16 +8,15 @@
 
 #include "core/cpu/scratch.h"
 #include "core/quant_linear.h"
-#include "decoder_layer/op.h"
 
-namespace saltire::decoder_layer {
+namespace saltire {
 
-// Aligned floats, kept between steps and never smaller than before.
+// Aligned floats, kept between uses and never smaller than before.
 class Floats {
  public:
   float* get(int64_t count) {
     if (count > size_) {
-      const size_t bytes = static_cast<size_t>(round_up(count, 16)) * sizeof(float);
+      const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
       block_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
       if (block_ == nullptr) throw std::bad_alloc();
       size_ = count;
@@ -32,10 +32,11 @@ class Floats {
   int64_t size_ = 0;
 };
 
-// Rows that become codes, and the codes tile by tile as the products read them.
+// Rows that become codes, and the codes tile by tile as the products read them. Rows and tiles may
+// be worked on by several threads at once.
 class CodeRows {
  public:
-  // Makes room for so many rows of inputs of a layer.
+  // Makes room for so many rows of a layer's inputs; both live as long as the rows are used.
   void open(const TokenQuantizer& how, const PackedWeight& weight, int64_t rows) {
     how_ = &how;
     weight_ = &weight;
@@ -50,7 +51,7 @@ class CodeRows {
 
   // Row m from x [K].
   void quantize(const float* x, int64_t m) {
-    float* scratch = thread_scratch(static_cast<size_t>(3 * round_up(how_->k, 16)));
+    float* scratch = thread_scratch(static_cast<size_t>(3 * ((how_->k + 15) / 16 * 16)));
     quant_kernels().quantize_token(*how_, x, bytes(codes_) + m * how_->k, scales_.get(0) + m,
                                    sums() + m * groups_, scratch);
   }
@@ -75,4 +76,4 @@ class CodeRows {
   Floats codes_, packed_, scales_, sums_, shifts_;  // codes and sums are kept in floats' memory
 };
 
-}  // namespace saltire::decoder_layer
+}  // namespace saltire
