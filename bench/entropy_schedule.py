@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--warm-steps", type=int, default=500)
     parser.add_argument("--actuator", choices=["entropy_bonus", "clip_high"],
                         default="entropy_bonus")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--keep", help="keep the runs in this folder, for saltire plot")
     options = parser.parse_args()
     seeds = options.seeds or (5 if options.quick else 8)
@@ -169,7 +170,7 @@ def main() -> None:
             for seed in range(seeds)
         ]
         others = [(arm, *job[1:]) for arm in ARMS if arm != "no_control" for job in first]
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
+        with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
             results = list(pool.imap(train, first))  # these make the warm starts
             results += list(pool.imap(train, others))
     report(results, options, seeds, steps, time.perf_counter() - start)

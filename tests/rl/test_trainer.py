@@ -47,7 +47,7 @@ def settings(output: Path, **changes) -> dict:
 
 def trainer_for(output: Path, seed: int = 0, **changes) -> Trainer:
     tokenizer = character_tokenizer()
-    model = small_model(len(tokenizer), hidden=32, layers=2, seed=seed)
+    model = small_model(len(tokenizer), hidden=32, heads=2, layers=2, seed=seed)
     return make_trainer(build(TrainConfig, settings(output, **changes)), model, tokenizer)
 
 
@@ -65,7 +65,10 @@ def without_times(records: list[dict]) -> list[dict]:
         {},
         {"lora": {"rank": 2}, "update": {"kl_coefficient": 0.1}},
         {"rollout": {"resample": 2}, "entropy": {"actuator": {"name": "temperature"}}},
-        {"update": {"kl_coefficient": 0.1, "bf16": True, "algorithm": "grpo"}},
+        {
+            "update": {"kl_coefficient": 0.1, "bf16": True, "algorithm": "grpo"},
+            "rollout": {"engine": "transformers"},
+        },
     ],
     ids=["full", "lora-kl", "resample-temperature", "kl-bf16"],
 )
@@ -239,8 +242,8 @@ def test_log_drops_a_line_cut_by_a_kill_and_names_other_damage(tmp_path) -> None
 
 
 def test_prompts_that_ranks_cannot_share_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("saltire.rl.distributed.world_size", lambda: 3)
     trainer = trainer_for(tmp_path / "run")
+    monkeypatch.setattr("saltire.processes.world_size", lambda: 3)
     with pytest.raises(SaltireError, match="multiple"):
         trainer.collector.collect(0, "stable", 1.0)
 

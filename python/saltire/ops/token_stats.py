@@ -240,7 +240,9 @@ def _as_stats(parts: Sequence[Tensor]) -> TokenStats:
 
 
 def _finish(raw: Sequence[Tensor], shape: torch.Size, labelled: bool, check: bool) -> TokenStats:
-    stats = _as_stats([value.view(shape) for value in raw])
+    # FSDP warns of a forward that returns views; most callers have one row of tokens anyway.
+    same = len(shape) == 1
+    stats = _as_stats([value if same else value.view(shape) for value in raw])
     if check and not torch.compiler.is_compiling() and bool(stats.log_sum.isnan().any()):
         token = stats.log_sum.isnan().nonzero()[0].tolist()
         raise SaltireError(

@@ -69,7 +69,7 @@ class Collector:
             for i, (group, judged) in zip(dull, new, strict=True):
                 groups[i], rewards[i] = group, torch.tensor(judged)
         completions = [completion for group in groups for completion in group]
-        asked = [self._encode(prompt) for prompt in prompts for _ in range(self.config.samples)]
+        asked = self._ask(prompts)
         sequences = pack(asked, completions, self.codec.pad)
         lengths = sequences.lengths.view(rewards.shape)
         stopped = [bool(c) and c[-1] in self.codec.stop for c in completions]
@@ -102,11 +102,13 @@ class Collector:
             [place * n + i for place, _ in chosen for i in range(n)],
             self.config.max_new_tokens,
         )
-        asked = [self._encode(prompt) for _, prompt in chosen for _ in range(n)]
+        asked = self._ask([prompt for _, prompt in chosen])
         completions = self.rollout(asked, numbers, temperature)
         rows = [self.task.rows[prompt] for _, prompt in chosen for _ in range(n)]
         rewards = judge(self.task, self.codec, rows, completions)
         return [(completions[i : i + n], rewards[i : i + n]) for i in range(0, len(completions), n)]
 
-    def _encode(self, prompt: int) -> list[int]:
-        return self.codec.encode(self.task.prompt(self.task.rows[prompt]))
+    def _ask(self, prompts: list[int]) -> list[list[int]]:
+        """Each prompt's tokens, once for every sample of it."""
+        encoded = [self.codec.encode(self.task.prompt(self.task.rows[p])) for p in prompts]
+        return [tokens for tokens in encoded for _ in range(self.config.samples)]

@@ -60,7 +60,8 @@ class TaskConfig:
 class RolloutConfig:
     """Each step samples ``samples`` completions of each of ``prompts`` prompts, over all ranks.
 
-    ``batch`` is how many are generated at a time. ``resample`` is how many times prompts whose
+    ``engine``: our decoder, transformers, or the decoder wherever it can run the model. ``batch``
+    is how many are generated at a time. ``resample`` is how many times prompts whose
     rewards are all equal are replaced by others before the update: DAPO's dynamic sampling.
     """
 
@@ -68,6 +69,7 @@ class RolloutConfig:
     samples: int = 8
     max_new_tokens: int = 256
     temperature: float = 1.0
+    engine: Literal["auto", "decoder", "transformers"] = "auto"
     batch: int = 64
     resample: int = 0
     overlong_buffer: int = 0

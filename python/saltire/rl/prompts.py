@@ -88,7 +88,8 @@ def pass_counts(
         [row * samples + i for row in rows for i in range(samples)],
         max_new_tokens,
     )
-    prompts = [codec.encode(task.prompt(task.rows[row])) for row in repeated]
+    encoded = [codec.encode(task.prompt(task.rows[row])) for row in rows]
+    prompts = [tokens for tokens in encoded for _ in range(samples)]
     completions = rollout(prompts, numbers, 1.0)
     rewards = judge(task, codec, [task.rows[row] for row in repeated], completions)
     return [

@@ -61,6 +61,19 @@ def invert_distribution(logits: Tensor, uniforms: Tensor, temperature: float) ->
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+def refuse_non_finite(logits: Tensor, step: int, rows: Tensor | None = None) -> None:
+    """SaltireError if a row of [B, V] logits has no distribution; ``rows`` are their numbers."""
+    finite = logits.amax(dim=-1).isfinite()
+    if bool(finite.all()):
+        return
+    row = int((~finite).nonzero()[0])
+    raise SaltireError(
+        f"rollout: the logits of sequence {row if rows is None else int(rows[row])} are not finite "
+        f"at its token {step}. The weights have diverged: resume from an earlier checkpoint with a "
+        "lower learning rate."
+    )
+
+
 class _Inversion(LogitsProcessor):
     """Makes ``generate``'s greedy choice the token that the uniform numbers pick."""
 
@@ -68,15 +81,9 @@ class _Inversion(LogitsProcessor):
         self.prompt_length, self.uniforms, self.temperature = prompt_length, uniforms, temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not bool(scores.amax(dim=-1).isfinite().all()):
-            row = int((~scores.amax(dim=-1).isfinite()).nonzero()[0])
-            raise SaltireError(
-                f"rollout: the logits of sequence {row} are not finite at its token "
-                f"{input_ids.shape[1] - self.prompt_length}. The weights have diverged: resume "
-                "from an earlier checkpoint with a lower learning rate."
-            )
-        column = self.uniforms[:, input_ids.shape[1] - self.prompt_length]
-        token = invert_distribution(scores, column, self.temperature)
+        step = input_ids.shape[1] - self.prompt_length
+        refuse_non_finite(scores, step)
+        token = invert_distribution(scores, self.uniforms[:, step], self.temperature)
         chosen = torch.full_like(scores, -torch.inf)
         return chosen.scatter_(1, token.unsqueeze(1), 0.0)
 

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from saltire.errors import SaltireError
 from saltire.models.loading import load_model
-from saltire.rl.checkpoint import trained, whole
+from saltire.rl.checkpoint import trained
 from saltire.rl.config import TaskConfig, TrainConfig, make_actuator, make_controller, make_schedule
 from saltire.rl.control import EntropyControl
-from saltire.rl.distributed import default_device, shard, world_size
+from saltire.rl.distributed import default_device, shard
+from saltire.rl.engines import make_rollout, plain_copy, runs_on_decoder
 from saltire.rl.lora import add_lora
 from saltire.rl.policy import Policy
 from saltire.rl.prompts import Codec
-from saltire.rl.rollout import TransformersRollout
 from saltire.rl.tasks import Task, arithmetic, countdown, read_task
 from saltire.rl.trainer import Parts, Trainer
 
@@ -59,28 +59,19 @@ def make_parts(config: TrainConfig, model: PreTrainedModel, tokenizer: object) -
     device = default_device()
     model = model.to(device)
     model.config.use_cache = True
-    reference = None
+    codec = Codec(tokenizer, config.task.instruction)
+    on_decoder = runs_on_decoder(config.rollout, model)
+    reference = plain = None
     if config.lora is not None:
+        plain = plain_copy(model, config.lora) if on_decoder else None
         add_lora(model, config.lora, config.seed)
     elif config.update.kl_coefficient:
         reference = Policy(copy.deepcopy(model)).requires_grad_(False)
     policy = Policy(model)
-    sampled, refresh = model, lambda: None
-    if world_size() > 1:
-        # Ranks generate for different lengths of time, and so cannot share a sharded model. Each
-        # keeps a whole copy of the weights to sample from, refreshed before every rollout.
-        sampled = copy.deepcopy(model).requires_grad_(False)
-        shard(policy, list(model.get_decoder().layers))
-        if reference is not None:
-            shard(reference, list(reference.model.get_decoder().layers))
-
-        def refresh() -> None:
-            copies = dict(sampled.named_parameters())
-            with torch.no_grad():
-                for name, parameter in trained(model):
-                    copies[name].copy_(whole(parameter))
-
-    codec = Codec(tokenizer, config.task.instruction)
+    rollout, refresh = make_rollout(config.rollout, model, plain, on_decoder, codec)
+    for whole_policy in (policy, reference):
+        if whole_policy is not None:
+            shard(whole_policy, list(whole_policy.model.get_decoder().layers))
     train, held_out = make_task(config.task).split(config.task.held_out)
     parameters = [parameter for _, parameter in trained(policy)]
     if not parameters:
@@ -98,7 +89,7 @@ def make_parts(config: TrainConfig, model: PreTrainedModel, tokenizer: object) -
         codec,
         train,
         held_out,
-        TransformersRollout(sampled, codec.stop, codec.pad, config.rollout.batch),
+        rollout,
         make_control(config, policy.max_entropy),
         reference,
         refresh,

@@ -34,7 +34,7 @@ from saltire.rl.collect import Batch, Collector
 from saltire.rl.config import TrainConfig
 from saltire.rl.control import EntropyControl, EntropyMeter, Reading
 from saltire.rl.curriculum import Curriculum
-from saltire.rl.distributed import all_sum, part_of, rank
+from saltire.rl.distributed import all_sum, barrier, part_of, rank
 from saltire.rl.lora import without_lora
 from saltire.rl.losses import group_advantages, informative
 from saltire.rl.plant import measure_authority
@@ -99,6 +99,7 @@ class Trainer:
                 f"{self.folder} holds a run already; resume it with --resume, or choose another "
                 "output."
             )
+        barrier()  # or a late rank would find the log that rank 0 is about to begin
         if rank() == 0:
             with replacing_file(self.folder / SETTINGS) as temporary:
                 temporary.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
