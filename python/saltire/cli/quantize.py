@@ -27,6 +27,11 @@ def quantize(
     kv_bits: int | None = typer.Option(
         None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
     ),
+    report: bool = typer.Option(
+        False,
+        "--report",
+        help="write OUT/report.html: flatness, error, pictures of every layer",
+    ),
     stream: bool = typer.Option(
         False, "--stream", help="read and write block by block: memory for one block is enough"
     ),
@@ -41,6 +46,7 @@ def quantize(
     from saltire import processes
     from saltire.quant.job import Job, run
     from saltire.quant.lowrank.compress import kept_whole
+    from saltire.quant.observe import Views
     from saltire.quant.recipe import parse_recipe
 
     chosen = parse_recipe(recipe)
@@ -59,9 +65,19 @@ def quantize(
         stream=stream,
         resume=resume,
     )
-    size = run(job)
+    views = Views() if report else None
+    size = run(job, views)
     if processes.rank() != 0:
         return
+    if views is not None:
+        from saltire.report.quantisation import write_report
+
+        about = {
+            "recipe": chosen.name,
+            "weights": f"{size / 1e6:.1f} MB",
+            "calibrated on": f"{samples} × {length} tokens of {calibration}",
+        }
+        write_report(views, f"{model}, quantised to {chosen.name}", about, out / "report.html")
     facts = {
         "model": model,
         "recipe": chosen.name,
