@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from saltire.cli import _console
+from saltire.cli._selfplay import train_selfplay
 from saltire.errors import SaltireError
 
 
@@ -19,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    settings: Path = typer.Argument(..., help="A YAML file; docs/es.md lists every setting."),
+    settings: Path = typer.Argument(
+        ..., help="A YAML file; docs/es.md and docs/dept.md list the settings."
+    ),
     change: list[str] = typer.Option(
         [], "--set", help="Change one setting: --set update.learning_rate=1e-5."
     ),
@@ -27,6 +30,8 @@ def train(
     as_json: bool = _console.JSON_OPTION,
 ) -> None:
     """Train a language model by reinforcement learning; entropy follows a schedule.
+
+    With ``kind: selfplay`` in the file it plays a game against itself.
 
     Under torchrun the weights are sharded over the ranks (FSDP2).
     """
@@ -39,6 +44,9 @@ def train(
     values = read_yaml(settings)
     for text in change:
         apply_change(values, text)
+    if values.pop("kind", "task") == "selfplay":
+        train_selfplay(values, resume, as_json)
+        return
     config = build(TrainConfig, values)
     start_if_launched()
     trainer = make_trainer(config)

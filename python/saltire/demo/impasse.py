@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from saltire.demo.stage import Stage
 from saltire.report.impasse import plot_toys
 from saltire.rl.impasse_toys import TOYS, estimator, run_toy
 
@@ -42,6 +41,3 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
     console.print(f"share of the stuck outcome over time: {picture}", highlight=False)
     left_of = {f"{toy}/{kind}": [r.left() for r in many] for (toy, kind), many in runs.items()}
     return {"left": left_of, "picture": str(picture)}
-
-
-IMPASSE = Stage("impasse", "DEPT: self-play that notices when it is stuck", run)

@@ -11,6 +11,7 @@ from saltire.games.boast import Boast
 from saltire.games.dont_say_it import DontSayIt, DontSayItHard
 from saltire.games.game import Game
 from saltire.games.negotiation import Negotiation, NegotiationRandomValue
+from saltire.games.textarena import PREFIX, TextArenaGame
 from saltire.games.two_dollar import TwoDollar, TwoDollarVariableSum
 from saltire.games.undercover import Undercover
 
@@ -30,12 +31,19 @@ GAMES: dict[str, type[Game[Any, Any]]] = {
 
 
 def make(name: str, **options: Any) -> Game[Any, Any]:
-    """The game called ``name``. Raises SaltireError with the nearest names or the known options."""
+    """The game called ``name``, or TextArena's ``textarena:ID``.
+
+    Raises SaltireError with the nearest names or the known options.
+    """
+    if name.startswith(PREFIX):
+        players = options.pop("players", 0)
+        return TextArenaGame(name.removeprefix(PREFIX), players, options)
     if name not in GAMES:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), GAMES, n=3, cutoff=0.4)
         hint = f"Did you mean {', '.join(near)}?" if near else ""
         raise SaltireError(
-            f"no game is called {name!r}. {hint} The games are {', '.join(sorted(GAMES))}."
+            f"no game is called {name!r}. {hint} The games are {', '.join(sorted(GAMES))}, "
+            f"and {PREFIX}ID for those of TextArena."
         )
     kind = GAMES[name]
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -74,9 +74,9 @@ class TwoDollar(Game[Split, Said]):
             f"You are player {player} of two who must split {_dollars(state.total)} between them.\n"
             f"Without a deal within {self.turns} moves both get nothing. "
             "Whoever gets more wins, and who breaks the secret instructions gets nothing.\n"
-            f"Your secret instructions: {brief.text(state.total, self.turns)}\n"
             "Argue first, then end with one action: [Propose] $X.XX names what you want for "
             "yourself, [Accept] takes the other player's proposal, [Reject] turns it down.\n"
+            f"Your secret instructions: {brief.text(state.total, self.turns)}\n"
             + (f"\n{said}\n" if said else "")
             + f"\nMoves so far: {len(state.said)} of {self.turns}.\n"
         )

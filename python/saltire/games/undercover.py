@@ -92,11 +92,12 @@ class Undercover(Game[Round, Act]):
         )
         return (
             f"You are player {player} of {len(state.words)} in Undercover.\n"
-            f"Your word is '{state.words[player]}'. Most players have the same word; the spies "
-            "have a related one, and nobody knows who has which.\n"
+            "Most players have the same word; the spies have a related one, and nobody knows who "
+            "has which.\n"
             "Each round everyone gives one clue, then all vote one player out. The majority wins "
             "when no spy is left, the spies win when they are as many as the rest or after "
             f"{self.rounds} rounds.\n"
+            f"Your word is '{state.words[player]}'.\n"
             + (f"\n{said}\n" if said else "")
             + f"\nRound {state.number}; still in: {', '.join(map(str, sorted(state.alive)))}.\n"
             + f"{task}\n"

@@ -20,7 +20,7 @@ class KVCache:
     """A static buffer for B sequences of up to T slots; slot = position.
 
     Slots below ``lengths[b]`` are committed. What lies behind is of no account: drafts write there,
-    verification overwrites it, and a rollback only sets the length. Nothing is ever copied.
+    verification overwrites it, and a rollback only sets the length. ``share`` and ``keep`` do copy.
 
     dtype: float32, bfloat16, or uint8, uint4 or uint2: codes of keys and values that are rotated by
     a Hadamard matrix, with a grid for each slot of a head (``saltire.reference.kv_cache``).
@@ -83,6 +83,25 @@ class KVCache:
                 f"back to {length}."
             )
         self.lengths[sequence] = length
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let sequence ``target`` begin with the first ``length`` tokens of ``source``."""
+        if not 0 <= length <= self.lengths[source]:
+            raise SaltireError(
+                f"sequence {source} has {self.lengths[source]} tokens; {length} cannot be shared."
+            )
+        end = -(-length // SLOT_BLOCK) * SLOT_BLOCK  # whole blocks: within one, keys lie transposed
+        self.kv[:, :, target, :, :end] = self.kv[:, :, source, :, :end]
+        if self.scales is not None:
+            self.scales[:, :, target, ..., :end] = self.scales[:, :, source, ..., :end]
+        self.lengths[target] = length
+
+    def keep(self, old: KVCache) -> None:
+        """Take over all that ``old`` holds, a cache of the same sequences with fewer slots."""
+        self.kv[..., : old.slots, :] = old.kv
+        if self.scales is not None and old.scales is not None:
+            self.scales[..., : old.slots] = old.scales
+        self.lengths = list(old.lengths)
 
     def reorder(self, sequences: Sequence[int]) -> None:
         """Let sequence b go on from what sequence ``sequences[b]`` holds."""

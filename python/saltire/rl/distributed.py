@@ -40,6 +40,15 @@ def all_max(values: Sequence[float]) -> list[float]:
     return _reduce(values, dist.ReduceOp.MAX)
 
 
+def gather(things: list[T]) -> list[T]:
+    """Every rank's things, rank after rank, on every rank. They are our own processes' objects."""
+    if world_size() == 1:
+        return things
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, things)
+    return [thing for part in parts for thing in part]
+
+
 def part_of(things: Sequence[T]) -> Sequence[T]:
     """This rank's part of some things, in order, where the parts need not be equal."""
     first, last = (len(things) * r // world_size() for r in (rank(), rank() + 1))

@@ -58,6 +58,13 @@ def test_only_what_a_turn_adds_is_computed(model) -> None:
     assert playing.writer.computed < whole / 2
 
 
+def test_the_rules_of_a_game_are_computed_once(model) -> None:
+    playing = agent(model, keep=True)
+    matches(playing, 8, count=8, turns=2)
+    first = [turn for turn in playing.taken if turn.turn < 2]
+    assert playing.writer.computed < 0.5 * sum(len(turn.prompt) for turn in first)
+
+
 def test_the_decoder_writes_what_transformers_writes(model) -> None:
     """Both invert the same distribution functions; in float32 only a near tie could differ."""
     rollout = TransformersRollout(model, [2], 0)

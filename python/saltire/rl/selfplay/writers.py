@@ -22,6 +22,7 @@ Key = tuple[int, int]  # (match, player): whose context it is
 
 BLOCK = 256  # entries of the distribution that are summed before the place is looked for
 FIRST_SLOTS = 256
+WORTH_COPYING = 16  # tokens that another sequence must have more, for its beginning to be copied
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,22 @@ class DecoderWriter:
             prompt = seat.draft.prompt
             kept = min(common(seat.held, prompt), len(prompt) - 1)
             cache.roll_back(b, kept)
+            other, shared = self._alike(prompt)
+            if shared >= kept + WORTH_COPYING:
+                cache.share(other, b, shared)
+                kept = shared
             new[b], seat.held = prompt[kept:], list(prompt)
             self.computed += len(new[b])
             self.reused += kept
         result = self.decoder.prefill(cache, new)
         self._draw([seat for _, seat in sorted(admitted, key=lambda pair: pair[0])], result.logits)
+
+    def _alike(self, prompt: list[int]) -> tuple[int, int]:
+        """The sequence that begins with most of ``prompt``, and how much: the rules of a game are
+        the same in all its matches."""
+        lengths = [common(seat.held, prompt) for seat in self._seats]
+        longest = max(lengths)
+        return lengths.index(longest), min(longest, len(prompt) - 1)
 
     def _find(self, key: Key) -> int | None:
         """The sequence of ``key``, else a free one, else the one unused for longest."""
@@ -228,10 +240,7 @@ class DecoderWriter:
         wanted = max(FIRST_SLOTS, slots, 2 * old.slots if old else 0)
         cache = self.decoder.new_cache(len(self._seats), min(wanted, self.positions), self.dtype)
         if old is not None:
-            cache.kv[..., : old.slots, :] = old.kv
-            if cache.scales is not None and old.scales is not None:
-                cache.scales[..., : old.slots] = old.scales
-            cache.lengths = list(old.lengths)
+            cache.keep(old)
         self._cache = cache
         return cache
 
