@@ -104,7 +104,8 @@ struct StepArguments {
   float* trace = nullptr;           // [2L + 1, wanted, D]: the states between all units
   const int64_t* wanted = nullptr;  // rows whose logits are wanted
   int64_t wanted_rows = 0;
-  float* logits = nullptr;      // [wanted, V]
+  int64_t head_outputs = 0;     // the first so many tokens are all that may come; 0: all
+  float* logits = nullptr;      // [wanted, V], or null where only the best is wanted
   int64_t* best = nullptr;      // [wanted] first index of the largest logit
   float* best_share = nullptr;  // [wanted] its probability
   bool prefill = false;
@@ -115,7 +116,7 @@ constexpr int kSharers = 3;
 
 // Memory of a step; one for each open decoder.
 struct Workspace {
-  Floats state, normed, staged, q, k, v, attended, gate, up, projected, head_rows;
+  Floats state, normed, staged, q, k, v, attended, gate, up, projected, head_rows, logits;
   Floats low_rank[kSharers], ranks[kSharers];
   CodeRows input, rank_codes[kSharers];
   std::vector<Best> best;

@@ -1,16 +1,14 @@
-// Registers decoder_open, decoder_step and decoder_close, and checks what they get.
+// Registers decoder_step and decoder_draft, and checks what they get.
 #include "decoder_layer/op.h"
 
-#include <map>
-#include <mutex>
-#include <string>
 #include <tuple>
 
 #include "core/isa.h"
 #include "core/quant_linear.h"
 #include "core/tensor.h"
 #include "core/threads.h"
-#include "decoder_layer/model.h"
+#include "decoder_layer/draft.h"
+#include "decoder_layer/open.h"
 #include "decoder_layer/step.h"
 
 namespace saltire::decoder_layer {
@@ -28,252 +26,6 @@ Kernels kernels() {
   }
 #endif
   return ref_kernels();
-}
-
-// A model that has been opened: its tensors stay alive for as long as their pointers are used.
-struct Open {
-  std::vector<Tensor> tensors;
-  Model model;
-  Workspace work;
-  std::mutex busy;  // a step owns the workspace
-};
-
-std::mutex registry_mutex;
-std::map<int64_t, std::shared_ptr<Open>>& registry() {
-  static std::map<int64_t, std::shared_ptr<Open>> open;
-  return open;
-}
-
-std::shared_ptr<Open> find(const char* op, const Tensor& handle) {
-  check_dtype(op, "handle", handle, ScalarType::Long);
-  SALTIRE_CHECK(handle.numel() == 1, op, ": handle is ", describe(handle),
-                "; expected the int64 [1] that decoder_open gave.");
-  const int64_t id = *static_cast<const int64_t*>(handle.const_data_ptr());
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(id);
-  SALTIRE_CHECK(found != registry().end(), op, ": handle ", id,
-                " names no open decoder. Make it with decoder_open, in this process.");
-  return found->second;
-}
-
-Format weight_format(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Format::f32;
-    case ScalarType::BFloat16:
-      return Format::bf16;
-    case ScalarType::Half:
-      return Format::f16;
-    default:
-      fail(op, ": ", name, " is ", describe(t), "; expected float32, bfloat16 or float16.");
-  }
-}
-
-// Reads the description of a model, checking every tensor as it is named.
-class Reader {
- public:
-  Reader(const std::vector<Tensor>& tensors, const std::vector<int64_t>& values,
-         const std::vector<double>& clips)
-      : tensors_(tensors), values_(values), clips_(clips) {}
-
-  int64_t next() {
-    SALTIRE_CHECK(at_ < values_.size(), kOp, ": the description of the layers ends too soon.");
-    return values_[at_++];
-  }
-  bool done() const { return at_ == values_.size(); }
-
-  const float* vector(const char* name, int64_t size, bool optional = false) {
-    const Tensor* t = tensor(name, optional);
-    if (t == nullptr) return nullptr;
-    check_dtype(kOp, name, *t, ScalarType::Float);
-    check_dim(kOp, name, *t, 1);
-    check_size(kOp, name, *t, 0, size, "the model's size");
-    return static_cast<const float*>(t->const_data_ptr());
-  }
-
-  // weight, bias, activation bits (0: dense), whether a second factor follows, Hadamard block,
-  // diag, left, right, low-rank in and out, and then the second factor.
-  Linear linear(const char* name, int64_t n, int64_t k) {
-    const Tensor* weight = tensor(name, false);
-    const float* bias = vector(name, n, true);
-    const int64_t act_bits = next();
-    const bool factored = act_bits != 0 && next() != 0;
-    SALTIRE_CHECK(linears_ < clips_.size(), kOp, ": ", clips_.size(),
-                  " clips; expected one for every linear layer.");
-    const double clip = clips_[linears_++];
-    Linear out;
-    if (act_bits == 0) {
-      static_cast<Dense&>(out) = dense(name, *weight, n, k);
-      out.bias = bias;
-      return out;
-    }
-    out.quantised = true;
-    out.n = n;
-    out.k = k;
-    out.packed.buffer = static_cast<const uint8_t*>(weight->const_data_ptr());
-    out.packed.bytes = weight->numel();
-    check_dtype(kOp, name, *weight, ScalarType::Byte);
-    quant_kernels().open_weight(kOp, out.packed);
-    SALTIRE_CHECK((factored || out.packed.n == n) && out.packed.k == k, kOp, ": ", name,
-                  " was prepacked as [", out.packed.n, ", ", out.packed.k, "]; expected [",
-                  factored ? "R" : std::to_string(n), ", ", k, "].");
-    out.packed.bias = bias;
-    read_input(name, act_bits, clip, out);
-    if (factored) {
-      auto second = std::make_shared<Linear>(linear(name, n, out.packed.n));
-      SALTIRE_CHECK(second->quantised && second->second == nullptr && second->packed.rank == 0 &&
-                        out.packed.rank == 0 && bias == nullptr,
-                    kOp, ": ", name, " has a second factor that is not a plain quantised layer.");
-      out.second = std::move(second);
-    }
-    return out;
-  }
-
-  static Dense dense(const char* name, const Tensor& t, int64_t n, int64_t k) {
-    Dense out;
-    out.format = weight_format(kOp, name, t);
-    check_dim(kOp, name, t, 2);
-    check_size(kOp, name, t, 0, n, "N");
-    check_size(kOp, name, t, 1, k, "K");
-    check_cpu(kOp, name, t);
-    SALTIRE_CHECK(t.is_contiguous(), kOp, ": ", name, " is not contiguous. Call .contiguous().");
-    out.n = n;
-    out.k = k;
-    out.w = t.const_data_ptr();
-    return out;
-  }
-
- private:
-  static constexpr const char* kOp = "decoder_open";
-
-  void read_input(const char* name, int64_t act_bits, double clip, Linear& out) {
-    const int64_t k = out.k;
-    TokenQuantizer& input = out.input;
-    SALTIRE_CHECK(act_bits == 3 || act_bits == 4 || act_bits == 8, kOp, ": ", name,
-                  " has activations of ", act_bits, " bits; expected 3, 4 or 8.");
-    SALTIRE_CHECK(clip > 0.0 && clip <= 1.0, kOp, ": ", name, " has clip = ", clip,
-                  "; expected a ratio in (0, 1].");
-    input.k = k;
-    input.act_bits = static_cast<int>(act_bits);
-    input.clip = clip;
-    input.sum_group = out.packed.group;
-    input.hadamard = next();
-    SALTIRE_CHECK(input.hadamard >= 1 && (input.hadamard & (input.hadamard - 1)) == 0 &&
-                      k % input.hadamard == 0,
-                  kOp, ": ", name, " has a Hadamard block of ", input.hadamard,
-                  "; expected a power of two that divides K = ", k, ".");
-    input.diag = vector(name, k, true);
-    const Tensor* left = tensor(name, true);
-    const Tensor* right = tensor(name, true);
-    int64_t block = input.hadamard;
-    if (right != nullptr) {
-      block = input.right_size = right->size(0);
-      SALTIRE_CHECK(input.hadamard == 1 && block > 0 && k % block == 0, kOp, ": ", name,
-                    " has a right factor of ", block, " with K = ", k, ".");
-      input.right = matrix(name, *right, block, block);
-    }
-    if (left != nullptr) input.left = matrix(name, *left, k / block, k / block);
-    const Tensor* low_in = tensor(name, true);
-    const Tensor* low_out = tensor(name, true);
-    SALTIRE_CHECK((low_in == nullptr) == (low_out == nullptr), kOp, ": ", name,
-                  " has one half of a low-rank branch.");
-    if (low_in == nullptr) return;
-    check_dim(kOp, name, *low_in, 2);
-    out.packed.rank = low_in->size(1);
-    out.low_rank_in = matrix(name, *low_in, k, out.packed.rank);
-    out.packed.low_rank_w = matrix(name, *low_out, out.packed.rank, out.n);
-  }
-
-  static const float* matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
-    check_dtype(kOp, name, t, ScalarType::Float);
-    check_dim(kOp, name, t, 2);
-    check_size(kOp, name, t, 0, rows, "the layer's size");
-    check_size(kOp, name, t, 1, columns, "the layer's size");
-    return static_cast<const float*>(t.const_data_ptr());
-  }
-
-  const Tensor* tensor(const char* name, bool optional) {
-    const int64_t index = next();
-    if (optional && index == -1) return nullptr;
-    SALTIRE_CHECK(index >= 0 && index < static_cast<int64_t>(tensors_.size()), kOp, ": ", name,
-                  " is tensor ", index, " of ", tensors_.size(), ".");
-    const Tensor& t = tensors_[static_cast<size_t>(index)];
-    check_cpu(kOp, name, t);
-    SALTIRE_CHECK(t.is_contiguous(), kOp, ": ", name, " is not contiguous. Call .contiguous().");
-    return &t;
-  }
-
-  const std::vector<Tensor>& tensors_;
-  const std::vector<int64_t>& values_;
-  const std::vector<double>& clips_;
-  size_t at_ = 0;
-  size_t linears_ = 0;
-};
-
-Layer read_layer(Reader& reader, const Model& m) {
-  Layer layer;
-  layer.window = reader.next();
-  layer.input_norm = reader.vector("input_norm", m.hidden);
-  layer.post_norm = reader.vector("post_norm", m.hidden);
-  layer.q_norm = reader.vector("q_norm", m.head_dim, true);
-  layer.k_norm = reader.vector("k_norm", m.head_dim, true);
-  layer.q = reader.linear("q", m.q_size(), m.hidden);
-  layer.k = reader.linear("k", m.kv_size(), m.hidden);
-  layer.v = reader.linear("v", m.kv_size(), m.hidden);
-  layer.o = reader.linear("o", m.hidden, m.q_size());
-  layer.gate = reader.linear("gate", m.ffn, m.hidden);
-  layer.up = reader.linear("up", m.ffn, m.hidden);
-  layer.down = reader.linear("down", m.hidden, m.ffn);
-  SALTIRE_CHECK(layer.q.shares_input(layer.k) && layer.q.shares_input(layer.v) &&
-                    layer.gate.shares_input(layer.up),
-                "decoder_open: q, k and v must read their input in one format, and gate and up "
-                "must. Quantise or cast them alike.");
-  return layer;
-}
-
-Tensor decoder_open(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
-                    std::vector<int64_t> description, std::vector<double> clips, double eps) {
-  constexpr const char* kOp = "decoder_open";
-  SALTIRE_CHECK(sizes.size() == 6, kOp, ": sizes holds ", sizes.size(),
-                " values; expected hidden, ffn, heads, kv_heads, head_dim, vocabulary.");
-  SALTIRE_CHECK(!tensors.empty(), kOp, ": no tensors; expected the embedding first.");
-  for (const int64_t size : sizes) {
-    SALTIRE_CHECK(size >= 1 && size <= (int64_t{1} << 31), kOp, ": a size is ", size,
-                  "; expected 1 to 2^31.");
-  }
-  auto open = std::make_shared<Open>();
-  open->tensors = std::move(tensors);
-  Model& m = open->model;
-  m.hidden = sizes[0];
-  m.ffn = sizes[1];
-  m.heads = sizes[2];
-  m.kv_heads = sizes[3];
-  m.head_dim = sizes[4];
-  m.vocabulary = sizes[5];
-  m.eps = static_cast<float>(eps);
-  SALTIRE_CHECK(m.head_dim % kSlotBlock == 0 && m.head_dim <= kMaxHeadDim, kOp,
-                ": head_dim = ", m.head_dim, "; expected a multiple of ", kSlotBlock, " up to ",
-                kMaxHeadDim, ".");
-  SALTIRE_CHECK(m.heads % m.kv_heads == 0, kOp, ": ", m.heads, " heads cannot share ", m.kv_heads,
-                " heads of keys evenly.");
-  const std::vector<Tensor>& t = open->tensors;
-  m.embedding = Reader::dense("embedding", t[0], m.vocabulary, m.hidden);
-  Reader reader(t, description, clips);
-  m.final_norm = reader.vector("final_norm", m.hidden);
-  m.head = reader.linear("head", m.vocabulary, m.hidden);
-  while (!reader.done()) m.layers.push_back(read_layer(reader, m));
-  static int64_t last_id = 0;
-  Tensor handle = new_tensor(t[0], {1}, ScalarType::Long);
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  *static_cast<int64_t*>(handle.mutable_data_ptr()) = ++last_id;
-  registry()[last_id] = open;
-  return handle;
-}
-
-void decoder_close(Tensor handle) {
-  const std::shared_ptr<Open> open = find("decoder_close", handle);
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  registry().erase(*static_cast<const int64_t*>(handle.const_data_ptr()));
 }
 
 // A cache of bytes holds codes; its last dimension tells how many bits they have.
@@ -361,6 +113,13 @@ void check_rows(const Model& m, const Cache& cache, const StepArguments& args) {
   }
 }
 
+const uint8_t* read_units(const char* op, const Model& m, const Tensor& units) {
+  check_dtype(op, "units", units, ScalarType::Byte);
+  SALTIRE_CHECK(units.numel() == static_cast<int64_t>(m.layers.size()), op, ": units is ",
+                describe(units), "; expected one for each of ", m.layers.size(), " layers.");
+  return static_cast<const uint8_t*>(units.const_data_ptr());
+}
+
 float* optional_floats(const char* name, const std::optional<Tensor>& t, int64_t count) {
   if (!t.has_value()) return nullptr;
   check_dtype("decoder_step", name, *t, ScalarType::Float);
@@ -382,16 +141,13 @@ std::tuple<Tensor, Tensor> decoder_step(Tensor handle, Tensor kv, std::optional<
   check_dtype(kOp, "rows", rows, ScalarType::Long);
   check_dim(kOp, "rows", rows, 2);
   check_size(kOp, "rows", rows, 1, 6, "token, sequence, position, slot, prefix, tree");
-  check_dtype(kOp, "units", units, ScalarType::Byte);
-  SALTIRE_CHECK(units.numel() == static_cast<int64_t>(m.layers.size()), kOp, ": units is ",
-                describe(units), "; expected one for each of ", m.layers.size(), " layers.");
   check_dtype(kOp, "wanted", wanted, ScalarType::Long);
   const Tensor rows_c = as_contiguous(rows), units_c = as_contiguous(units),
                wanted_c = as_contiguous(wanted);
   StepArguments args;
   args.rows = rows.size(0);
   args.row = static_cast<const Row*>(rows_c.const_data_ptr());
-  args.units = static_cast<const uint8_t*>(units_c.const_data_ptr());
+  args.units = read_units(kOp, m, units_c);
   args.wanted = static_cast<const int64_t*>(wanted_c.const_data_ptr());
   args.wanted_rows = wanted.numel();
   args.prefill = prefill;
@@ -413,25 +169,86 @@ std::tuple<Tensor, Tensor> decoder_step(Tensor handle, Tensor kv, std::optional<
   return {best, share};
 }
 
+// Greedy drafts of some sequences: see draft.h.
+std::tuple<Tensor, Tensor, Tensor> decoder_draft(Tensor handle, Tensor kv,
+                                                 std::optional<Tensor> scales, Tensor rotation,
+                                                 Tensor starts, Tensor units, Tensor survival,
+                                                 int64_t longest, double confidence, double worth,
+                                                 int64_t head_outputs) {
+  constexpr const char* kOp = "decoder_draft";
+  const std::shared_ptr<Open> open = find(kOp, handle);
+  const std::lock_guard<std::mutex> lock(open->busy);
+  const Model& m = open->model;
+  const Cache cache = read_cache(m, kv, scales);
+  check_dtype(kOp, "starts", starts, ScalarType::Long);
+  check_dim(kOp, "starts", starts, 2);
+  check_size(kOp, "starts", starts, 1, 4, "token, sequence, slot, most");
+  check_dtype(kOp, "survival", survival, ScalarType::Float);
+  check_cpu(kOp, "survival", survival);
+  SALTIRE_CHECK(survival.numel() == kConfidenceBins, kOp, ": survival is ", describe(survival),
+                "; expected float32 [", kConfidenceBins, "], one for each bin of confidence.");
+  SALTIRE_CHECK(longest >= 0, kOp, ": longest = ", longest, "; expected 0 or more.");
+  SALTIRE_CHECK(head_outputs >= 0, kOp, ": head_outputs = ", head_outputs,
+                "; expected 0 (all) or more.");
+  const Tensor starts_c = as_contiguous(starts), survival_c = as_contiguous(survival),
+               units_c = as_contiguous(units);
+  StepArguments step;
+  step.units = read_units(kOp, m, units_c);
+  step.head_outputs = head_outputs;
+  read_rotation(m, rotation, step);
+  DraftArguments args;
+  args.sequences = starts.size(0);
+  args.longest = longest;
+  args.start = static_cast<const DraftStart*>(starts_c.const_data_ptr());
+  args.survival = static_cast<const float*>(survival_c.const_data_ptr());
+  args.confidence = static_cast<float>(confidence);
+  args.worth = static_cast<float>(worth);
+  for (int64_t b = 0; b < args.sequences; ++b) {
+    const DraftStart& start = args.start[b];
+    SALTIRE_CHECK(start.token >= 0 && start.token < m.vocabulary, kOp, ": start ", b, " has token ",
+                  start.token, "; the vocabulary has ", m.vocabulary, ".");
+    SALTIRE_CHECK(start.sequence >= 0 && start.sequence < cache.sequences, kOp, ": start ", b,
+                  " is of sequence ", start.sequence, "; the cache has ", cache.sequences, ".");
+    const int64_t end = std::min(cache.slots, step.positions);
+    SALTIRE_CHECK(
+        start.slot >= 0 && start.most >= 0 && start.most <= std::min(longest, end - start.slot),
+        kOp, ": start ", b, " asks for ", start.most, " drafts from slot ", start.slot,
+        " on; longest is ", longest, " and the cache has ", end, " slots.");
+  }
+  Tensor tokens = new_tensor(starts, {args.sequences, args.longest}, ScalarType::Long);
+  Tensor shares = new_tensor(starts, {args.sequences, args.longest}, ScalarType::Float);
+  Tensor counts = new_tensor(starts, {args.sequences}, ScalarType::Long);
+  args.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  args.shares = static_cast<float*>(shares.mutable_data_ptr());
+  args.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+  std::fill(args.tokens, args.tokens + args.sequences * args.longest, int64_t{-1});
+  std::fill(args.shares, args.shares + args.sequences * args.longest, 0.0f);
+  if (args.longest > 0) {
+    const Kernels k = kernels();
+    lead_team([&](Team& team) { draft(m, cache, k, step, args, open->work, team); });
+  }
+  return {tokens, shares, counts};
+}
+
 }  // namespace
 }  // namespace saltire::decoder_layer
 
 STABLE_TORCH_LIBRARY_FRAGMENT(saltire, m) {
-  m.def(
-      "decoder_open(Tensor[] tensors, int[] sizes, int[] description, float[] clips, float eps) -> "
-      "Tensor");
-  m.def("decoder_close(Tensor handle) -> ()");
   m.def(
       "decoder_step(Tensor handle, Tensor(a!) kv, Tensor(b!)? scales, Tensor rotation, Tensor "
       "rows, "
       "Tensor units, Tensor wanted, Tensor(c!) logits, Tensor(d!)? hidden, Tensor(e!)? trace, *, "
       "bool prefill) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "decoder_draft(Tensor handle, Tensor(a!) kv, Tensor(b!)? scales, Tensor rotation, Tensor "
+      "starts, Tensor units, Tensor survival, int longest, float confidence, float worth, int "
+      "head_outputs) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saltire, CPU, m) {
   using namespace saltire::decoder_layer;
-  m.impl("decoder_open", TORCH_BOX(&decoder_open));
-  m.impl("decoder_close", TORCH_BOX(&decoder_close));
   m.impl("decoder_step", TORCH_BOX(&decoder_step));
+  m.impl("decoder_draft", TORCH_BOX(&decoder_draft));
 }

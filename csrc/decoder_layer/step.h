@@ -421,7 +421,9 @@ class Step {
   static constexpr int64_t kHeadChunk = 16;
 
   void head() {
-    const int64_t D = model_.hidden, W = args_.wanted_rows, V = model_.head.n;
+    const int64_t D = model_.hidden, W = args_.wanted_rows, N = model_.head.n;
+    const int64_t V = args_.head_outputs > 0 ? std::min(args_.head_outputs, N) : N;
+    float* logits = args_.logits != nullptr ? args_.logits : work_.logits.get(W * N);
     panels_ = panels_ && W >= kPanelRowsAtLeast;
     float* rows = work_.head_rows.get(W * D);
     for (int64_t i = 0; i < W; ++i) {
@@ -429,16 +431,16 @@ class Step {
                   sizeof(float) * static_cast<size_t>(D));
     }
     const Rows x = prepare(rows, W, D, model_.final_norm, {&model_.head});
-    const int64_t chunks = (panels(model_.head) + kHeadChunk - 1) / kHeadChunk;
+    const int64_t chunks = (V + kHeadChunk * kPanel - 1) / (kHeadChunk * kPanel);
     work_.best.resize(static_cast<size_t>(W * chunks));
     team_.run(chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const int64_t from = c * kHeadChunk * kPanel;
         const int64_t to = std::min(from + kHeadChunk * kPanel, V);
-        multiply(model_.head, x, 0, args_.logits, from, to);
+        multiply(model_.head, x, 0, logits, from, to);
         for (int64_t i = 0; i < W; ++i) {
           Best& best = work_.best[static_cast<size_t>(i * chunks + c)];
-          best = kernels_.best(args_.logits + i * V + from, to - from);
+          best = kernels_.best(logits + i * N + from, to - from);
           best.index += static_cast<int32_t>(from);
         }
       }

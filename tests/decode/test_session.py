@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saltire.decode import (
+    Guide,
     ModelDraft,
     NgramDraft,
     Sampling,
@@ -125,11 +126,14 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
 
 def test_ngrams_repeat_what_followed() -> None:
     draft = NgramDraft()
-    text = [1, 2, 3, 4, 9, 1, 2, 3]
-    assert text[draft.matched(0, text) :][:2] == [4, 9]
-    assert draft.matched(0, [*text, 7]) == 0
-    assert draft.matched(0, [5, 5, 5, 5]) == 3  # a run continues itself
-    assert draft.matched(1, [1, 2]) == 0
+    text = [1, 2, 3, 4, 9, 2, 3, 8, 1, 2, 3]
+    assert draft.matched(0, text) == (3, 3)  # the longest match, not the latest
+    assert draft.matched(0, [*text, 7]) == (0, 0)
+    assert draft.matched(1, [1, 2]) == (0, 0)
+    guide = Guide([4])
+    assert draft.propose(None, [text], guide, Sampling()).tokens == [[4, 9, 2, 3]]
+    # What repeats goes on past the end of the text.
+    assert draft.propose(None, [[5, 6, 5, 6]], guide, Sampling()).tokens == [[5, 6, 5, 6]]
 
 
 def test_stop_tokens_callbacks_and_budget_end_a_sequence() -> None:

@@ -18,6 +18,7 @@ from saltire.models.decoder import build_decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXIT = 0.7  # the paper's threshold of confidence at which drafting stops
 DRAFTS = ("none", "ngram", "clasp", "quantised", "auto")
 
 
@@ -62,7 +63,7 @@ def open_session(
         steps = decoder.layers * (2 if halves else 1)
         planned["clasp"] = skip or max(1, steps // 4)
         planner = SkipPlanner(decoder, planned["clasp"], halves)
-        drafts["clasp"] = ModelDraft(decoder, units=decoder.all_units)
+        drafts["clasp"] = ModelDraft(decoder, decoder.all_units, confidence=EXIT)
         if cheap is not None and draft == "auto":
             planned["quantised+clasp"] = 1
             drafts["quantised+clasp"] = ModelDraft(cheap, units=cheap.all_units)

@@ -18,6 +18,7 @@ from saltire.ops.decoder_layer import (
     MLP,
     PRIVATE,
     decoder_close,
+    decoder_draft,
     decoder_open,
     decoder_step,
 )
@@ -204,6 +205,9 @@ class Decoder:
         self.all_units = torch.full((self.layers,), ATTENTION | MLP, dtype=torch.uint8)
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         self.weight_bytes = sum(unique.values())
+        tied = head.weight.data_ptr() == embedding.data_ptr()
+        # A step reads a few rows of the embedding, unless it is the head as well.
+        self.read_bytes = self.weight_bytes - (0 if tied else unique[embedding.data_ptr()])
 
     def new_cache(self, sequences: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for this decoder, of ``cache_dtype`` if no other is given; SaltireError if
@@ -306,6 +310,37 @@ class Decoder:
             prefill=prefill,
         )
         return StepResult(logits, best, share)
+
+    def draft(
+        self,
+        cache: KVCache,
+        starts: Sequence[Sequence[int]],
+        survival: Tensor,
+        units: Tensor | None = None,
+        confidence: float = 0.0,
+        worth: float = 0.0,
+        head_outputs: int = 0,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """``decoder_draft`` with this decoder's weights: tokens and shares of each start."""
+        kv, scales = cache.state()
+        tokens, shares, counts = decoder_draft(
+            self._handle,
+            kv,
+            scales,
+            self._rotation_for(cache.slots),
+            torch.as_tensor(starts, dtype=torch.int64),
+            self.all_units if units is None else units,
+            survival,
+            max((start[3] for start in starts), default=0),
+            confidence,
+            worth,
+            head_outputs,
+        )
+        kept = counts.tolist()
+        return (
+            [row[:n] for row, n in zip(tokens.tolist(), kept, strict=True)],
+            [row[:n] for row, n in zip(shares.tolist(), kept, strict=True)],
+        )
 
     @staticmethod
     def chain_rows(sequence: int, base: int, tokens: Sequence[int]) -> list[list[int]]:

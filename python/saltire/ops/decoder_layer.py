@@ -20,6 +20,7 @@ ATTENTION, MLP = 1, 2  # the units of a layer
 SLOT_BLOCK = 16  # a cache has a multiple of so many slots
 HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 256
+CONFIDENCE_BINS = 16  # equal ranges of a draft's own probability of its token
 
 
 def decoder_open(
@@ -99,6 +100,67 @@ def decoder_step(
         )
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
+
+
+def decoder_draft(
+    handle: Tensor,
+    kv: Tensor,
+    scales: Tensor | None,
+    rotation: Tensor,
+    starts: Tensor,
+    units: Tensor,
+    survival: Tensor,
+    longest: int,
+    confidence: float = 0.0,
+    worth: float = 0.0,
+    head_outputs: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draft greedily for B sequences, step after step without returning in between.
+
+    starts: int64 [B, 4]: a token that is not yet in the cache, its sequence, its slot (and
+    position), and the most drafts wanted, up to ``longest``. Fewer come where a draft's share, its
+    own probability, is below ``confidence``, or where the chance that it stands with all before it,
+    the product of survival[bin of the share], f32 [CONFIDENCE_BINS], is below ``worth``: that draft
+    is the last. head_outputs: only the first so many tokens may come; 0: all. Writes keys and
+    values behind each start, as ``decoder_step`` does.
+
+    Returns tokens int64 [B, longest], their shares f32 [B, longest] and counts int64 [B]; -1 past a
+    count.
+    """
+    try:
+        return torch.ops.saltire.decoder_draft(
+            handle,
+            kv,
+            scales,
+            rotation,
+            starts,
+            units,
+            survival,
+            longest,
+            confidence,
+            worth,
+            head_outputs,
+        )
+    except RuntimeError as error:
+        raise SaltireError(str(error)) from None
+
+
+@torch.library.register_fake("saltire::decoder_draft")
+def _(
+    handle: Tensor,
+    kv: Tensor,
+    scales: Tensor | None,
+    rotation: Tensor,
+    starts: Tensor,
+    units: Tensor,
+    survival: Tensor,
+    longest: int,
+    confidence: float,
+    worth: float,
+    head_outputs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = starts.new_empty((starts.shape[0], longest))
+    return tokens, survival.new_empty(tokens.shape), starts.new_empty((starts.shape[0],))
 
 
 @torch.library.register_fake("saltire::decoder_step")
