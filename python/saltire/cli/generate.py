@@ -32,7 +32,9 @@ def generate(
     stop: list[str] = typer.Option([], help="text that ends the answer; may be repeated"),
     raw: bool = typer.Option(False, help="continue the prompt; no chat template"),
     draft: str = typer.Option("none", help="none, ngram, clasp, quantised or auto"),
-    draft_model: str = typer.Option("", help="the model at fewer bits: saltire quantize makes it"),
+    draft_model: str = typer.Option(
+        "", help="the model at fewer bits, from saltire quantize; rounded: make one now, in seconds"
+    ),
     skip: int = typer.Option(0, help="layers that clasp leaves out; 0: a quarter"),
     interval: int = typer.Option(64, help="verifications between two plans of clasp"),
     stats: bool = typer.Option(False, help="print what decoding and its drafts cost"),
@@ -50,8 +52,8 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     loaded, tokenizer = load_model(model)
-    cheap = load_model(draft_model)[0] if draft_model else None
-    session = open_session(loaded, draft, cheap, skip=skip, interval=interval)
+    cheap = draft_model if draft_model in ("", "rounded") else load_model(draft_model)[0]
+    session = open_session(loaded, draft, cheap or None, skip=skip, interval=interval)
     live = not json and not show_draft
     out, text = run(session, tokenizer, prompt, max_new_tokens, sampling, stop, raw, live)
     if plot is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from saltire.decode.sampling import Sampling
 from saltire.decode.session import Session
 from saltire.errors import SaltireError
 from saltire.models.decoder import build_decoder
+from saltire.models.rounding import rounded_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRIMMED_FROM = 32000  # tokens of a vocabulary whose second half drafts do without
 EXIT = 0.7  # the paper's threshold of confidence at which drafting stops
 DRAFTS = ("none", "ngram", "clasp", "quantised", "auto")
 
@@ -25,7 +27,7 @@ DRAFTS = ("none", "ngram", "clasp", "quantised", "auto")
 def open_session(
     model: PreTrainedModel,
     draft: str = "none",
-    draft_model: PreTrainedModel | None = None,
+    draft_model: PreTrainedModel | Literal["rounded"] | None = None,
     skip: int = 0,
     halves: bool = False,
     interval: int = 64,
@@ -36,7 +38,8 @@ def open_session(
 
     draft: ``none``; ``ngram`` (prompt lookup); ``clasp`` (the model with layers skipped, planned
     while decoding); ``quantised`` (``draft_model``, a low-bit form of the same model); ``auto``
-    (all that are there, chosen by predicted tokens per unit of time). skip: layers that CLaSp
+    (all that are there, chosen by predicted tokens per unit of time). draft_model: ``rounded``
+    makes one here, in some seconds (``saltire.models.rounding``). skip: layers that CLaSp
     leaves out (0: a quarter), or half layers with ``halves``. interval: verifications between two
     plans.
     length: always draft so many; 0 chooses. Raises SaltireError for what cannot run.
@@ -45,28 +48,28 @@ def open_session(
         raise SaltireError(f"draft = {draft!r}; expected one of {', '.join(DRAFTS)}.")
     if interval < 1:
         raise SaltireError(f"interval = {interval}; expected at least 1 verification.")
-    if draft == "quantised" and draft_model is None:
-        raise SaltireError(
-            "draft = 'quantised' needs a draft model: the same model at fewer bits. "
-            "Make one with: saltire quantize MODEL OUT --recipe w4a8"
-        )
     decoder = build_decoder(model)
     drafts: dict[str, Draft] = {}
     planned: dict[str, int] = {}
     planner = None
     if draft in ("ngram", "auto"):
         drafts["ngram"] = NgramDraft()
-    cheap = build_decoder(draft_model) if draft_model is not None else None
-    if cheap is not None and draft in ("quantised", "auto"):
-        drafts["quantised"] = ModelDraft(cheap)
+    cheap = None
+    if draft == "quantised" or (draft == "auto" and draft_model is not None):
+        if draft_model is None or draft_model == "rounded":
+            cheap = rounded_decoder(model)
+        else:
+            cheap = build_decoder(draft_model)
+        vocabulary = cheap.sizes.vocabulary // 2 if cheap.sizes.vocabulary >= TRIMMED_FROM else 0
+        drafts["quantised"] = ModelDraft(cheap, vocabulary=vocabulary)
     if draft in ("clasp", "auto"):
         steps = decoder.layers * (2 if halves else 1)
         planned["clasp"] = skip or max(1, steps // 4)
         planner = SkipPlanner(decoder, planned["clasp"], halves)
         drafts["clasp"] = ModelDraft(decoder, decoder.all_units, confidence=EXIT)
-        if cheap is not None and draft == "auto":
+        if cheap is not None:
             planned["quantised+clasp"] = 1
-            drafts["quantised+clasp"] = ModelDraft(cheap, units=cheap.all_units)
+            drafts["quantised+clasp"] = ModelDraft(cheap, cheap.all_units, vocabulary=vocabulary)
     return Session(decoder, drafts, planner, planned, interval, cache_dtype, length)
 
 

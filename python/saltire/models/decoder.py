@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,13 @@ CACHE_DTYPES = {16: torch.float32, **{bits: dtype for dtype, bits in CODE_BITS.i
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
-def build_decoder(model: PreTrainedModel) -> Decoder:
+def build_decoder(
+    model: PreTrainedModel,
+    linear: Callable[[str, nn.Module], LinearWeights] = LinearWeights.of,
+) -> Decoder:
     """A ``Decoder`` on the weights of a Llama, Mistral, Qwen2 or Qwen3 model on the CPU.
+
+    linear: how a named linear layer is read; by default as it is.
 
     Training the model afterwards changes the decoder too; moving or casting it does not. Raises
     SaltireError, naming what it is, for anything in the model that the decoder cannot run.
@@ -46,7 +52,7 @@ def build_decoder(model: PreTrainedModel) -> Decoder:
         positions=config.max_position_embeddings,
     )
     layers = [
-        _layer(block, adapter.groups, _window(config, index))
+        _layer(block, adapter.groups, _window(config, index), linear)
         for index, block in enumerate(adapter.blocks(model))
     ]
     rotary: Any = body.get_submodule("rotary_emb")
@@ -60,7 +66,7 @@ def build_decoder(model: PreTrainedModel) -> Decoder:
         sizes,
         config.rms_norm_eps,
         embedding.weight,
-        LinearWeights.of("lm_head", head),
+        linear("lm_head", head),
         norm.weight,
         layers,
         rotation,
@@ -99,7 +105,12 @@ def _window(config: Any, index: int) -> int:
     return window
 
 
-def _layer(block: nn.Module, groups: tuple[tuple[str, ...], ...], window: int) -> LayerWeights:
+def _layer(
+    block: nn.Module,
+    groups: tuple[tuple[str, ...], ...],
+    window: int,
+    linear: Callable[[str, nn.Module], LinearWeights],
+) -> LayerWeights:
     attention = block.get_submodule("self_attn")
 
     def norm(parent: nn.Module, name: str) -> Tensor | None:
@@ -115,6 +126,6 @@ def _layer(block: nn.Module, groups: tuple[tuple[str, ...], ...], window: int) -
         post_norm=post_norm,
         q_norm=norm(attention, "q_norm"),
         k_norm=norm(attention, "k_norm"),
-        linears=tuple(LinearWeights.of(name, block.get_submodule(name)) for name in names),
+        linears=tuple(linear(name, block.get_submodule(name)) for name in names),
         window=window,
     )
