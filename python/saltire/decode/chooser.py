@@ -1,15 +1,17 @@
 """Which draft to use and how long: what is predicted to emit most tokens per unit of time.
 
-All is measured while decoding. A model draft decides its own length as it goes: with s the chance
-that all tokens so far stand, and a the chance that one more does, another token pays while
+All is measured while decoding, in plain steps: times are divided by what a plain step takes at the
+moment, so that a machine whose speed drifts misleads nobody. A model draft decides its own length
+as it goes: with s the chance that all tokens so far stand, and a the chance that one more does,
+another token pays while
 
     s · a / rate  >  t_draft + t_row        i.e.  s >= worth = rate · (t_draft + t_row) / a
 
 for it then gains more tokens than the same time would emit at the present rate. s is a product of
 acceptances by confidence bin. An n-gram draft costs only rows, and its length n maximises
 (1 + Σ_{i ≤ n} s_i) / t_step(n + 1), by how long a run of the text matched. Arms are compared by
-tokens over seconds of their rounds; plain decoding is an arm too, so the fall-back below 1 is part
-of the choice. An arm that was never used is hoped to be good, if theory allows it to be.
+tokens over time of their rounds; plain decoding is an arm too, so the fall-back below 1 is part of
+the choice. An arm that was never used is hoped to be good, as far as theory allows it to be.
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ from saltire.ops.decoder_layer import CONFIDENCE_BINS
 
 PRIOR = 3.0  # observations that a guess weighs
 MEMORY = 0.99  # weight that a past round keeps with each new one
-MARGIN = 1.02  # a draft must promise this much over plain decoding: predictions are noisy
-PLAIN_EVERY = 96  # rounds after which plain decoding is timed again: machines drift
+CLOCK = 0.15  # weight of the newest round in what a plain step takes at the moment
+ROW_GUESS = 0.06  # of a plain step, that one more row takes
+MARGIN = 1.03  # an arm must promise this much over a simpler one: predictions are noisy
+PLAIN_EVERY = 48  # rounds after which a plain step is timed again
 RETRY = 256  # rounds after which an arm that lost is hoped for again, doubling each time
 HOPE = 0.85  # acceptance that an unknown draft is hoped to reach
+HOPED_ROUNDS = 2.0  # that the hope weighs
 LONGEST_RUN = 6  # of matched tokens that are told apart
+ROWS = 4  # of the step whose extra rows tell what one row takes
 
 
 @dataclass
@@ -46,48 +52,51 @@ class Mean:
 
 @dataclass
 class Arm:
-    """What is known of one draft.
+    """What is known of one draft; times in plain steps.
 
-    cost: a guess of the time of one drafted token over that of a plain step. survival: by length of
-    the matched run, for n-grams: chance that token i stands if those before it do.
+    token_time: of one drafted token, a guess at first. bins: acceptance by confidence. survival: by
+    length of the matched run, for n-grams: chance that token i stands if those before it do.
     """
 
     longest: int
     cost: float = 0.0
     hope: float = HOPE
-    emitted: float = 0.0  # tokens and seconds of its rounds, forgetting
-    seconds: float = 0.0
-    token_seconds: Mean | None = None
-    acceptance: Mean = field(default_factory=lambda: Mean(0.8, PRIOR))
-    bins: list[Mean] = field(default_factory=list)
-    survival: list[list[Mean]] = field(default_factory=list)
+    emitted: float = 0.0  # tokens and time of its rounds, forgetting
+    time: float = 0.0
     last_used: int = 0
     lapses: int = 0
+    token_time: Mean = field(init=False)
+    acceptance: Mean = field(init=False)
+    bins: list[Mean] = field(init=False)
+    survival: list[list[Mean]] = field(init=False)
 
     def __post_init__(self) -> None:
-        middles = [(i + 0.5) / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS)]
-        self.bins = [Mean(middle, PRIOR) for middle in middles]
+        self.token_time = Mean(self.cost, PRIOR)
+        self.acceptance = Mean(0.8, PRIOR)
+        # A model's own confidence is a fair guess of its acceptance, and too low where it is low.
+        shares = [(i + 0.5) / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS)]
+        self.bins = [Mean(0.4 + 0.6 * share, PRIOR) for share in shares]
         self.survival = [
             [Mean(min(0.35 + 0.1 * run, 0.8), PRIOR) for _ in range(self.longest)]
             for run in range(LONGEST_RUN + 1)
         ]
 
-    def hoped(self, plain_seconds: float) -> tuple[float, float]:
-        """Tokens and seconds of a round, if the hope came true, at the best length."""
-        best = (1.0, plain_seconds)
+    def hoped(self) -> tuple[float, float]:
+        """Tokens and time of a round, if the hope came true, at the best length."""
+        best = (1.0, 1.0)
         emitted = alive = 1.0
         for length in range(1, self.longest + 1):
             alive *= self.hope
             emitted += alive
-            seconds = plain_seconds * (length * self.cost + 1.0)
-            if emitted / seconds > best[0] / best[1]:
-                best = (emitted, seconds)
+            time = 1.0 + length * (self.token_time.value + ROW_GUESS)
+            if emitted / time > best[0] / best[1]:
+                best = (emitted, time)
         return best
 
-    def rate(self, plain_seconds: float) -> float:
-        """Tokens a second: measured, with a round or two of hope mixed in."""
-        emitted, seconds = self.hoped(plain_seconds)
-        return (self.emitted + 2 * emitted) / (self.seconds + 2 * seconds)
+    def rate(self) -> float:
+        """Tokens for the time of a plain step: measured, with some rounds of hope mixed in."""
+        emitted, time = self.hoped()
+        return (self.emitted + HOPED_ROUNDS * emitted) / (self.time + HOPED_ROUNDS * time)
 
 
 @dataclass(frozen=True)
@@ -102,11 +111,15 @@ class Choice:
 
 
 class Chooser:
-    """Holds the arms of a session and what was measured of them, from one text to the next."""
+    """Holds the arms of a session and what was measured of them, from one text to the next.
+
+    arms: simpler ones first; a later one must promise clearly more.
+    """
 
     def __init__(self, arms: dict[str, Arm]) -> None:
         self.arms = arms
-        self.step_seconds: dict[int, Mean] = {}
+        self.clock = 0.0  # seconds of a plain step at the moment
+        self.step_time: dict[int, Mean] = {}  # in plain steps, by rows
         self.round = 0
         self.last_plain = 0
 
@@ -114,45 +127,40 @@ class Chooser:
         """available: the arms that can propose now: the most tokens that each may, and how long a
         run of the text it matched (0: a model)."""
         self.round += 1
-        if 1 not in self.step_seconds or self.round - self.last_plain > PLAIN_EVERY:
-            self.last_plain = self.round
+        if not self.clock or self.round - self.last_plain > PLAIN_EVERY:
             return Choice("none", 0)
-        plain_seconds = self.step_seconds[1].value
-        best, best_rate = Choice("none", 0), MARGIN / plain_seconds
-        for name, (most, run) in available.items():
-            arm = self.arms[name]
+        best, best_rate = Choice("none", 0), 1.0
+        for name, arm in self.arms.items():
+            most, run = available.get(name, (0, 0))
             most = min(most, arm.longest)
             if most < 1:
                 continue
             if run > 0:
                 length, rate = self._best_length(arm, most, run)
-                choice = Choice(name, length)
             else:
                 self._forgive(arm)
-                rate = arm.rate(plain_seconds)
-                choice = Choice(name, most)
-            if rate > best_rate:
-                best, best_rate = choice, rate
-        if best.length and not available[best.name][1]:
-            arm = self.arms[best.name]
-            return Choice(
-                best.name,
-                best.length,
-                self._worth(arm, best_rate),
-                torch.tensor([mean.value for mean in arm.bins]),
-            )
-        return best
+                length, rate = most, arm.rate()
+            if rate > best_rate * MARGIN:
+                best, best_rate = Choice(name, length), rate
+        if best.length == 0 or available[best.name][1] > 0:
+            return best
+        arm = self.arms[best.name]
+        survival = torch.tensor([mean.value for mean in arm.bins])
+        return Choice(best.name, best.length, self._worth(arm, best_rate), survival)
 
     def saw_step(self, rows: int, seconds: float) -> None:
         """A verification of so many rows took so long."""
-        mean = self.step_seconds.get(rows)
-        if mean is None:
-            self.step_seconds[rows] = Mean(seconds)
-        else:
-            # A step cannot be slower than a few times the usual; a hiccup of the machine can.
-            mean.add(min(seconds, 2 * mean.value))
         if rows == 1:
             self.last_plain = self.round
+        if not self.clock:
+            self.clock = seconds / self.time_of(rows)
+            return
+        # A hiccup of the machine takes many times the usual; the clock shall not follow it.
+        seconds = min(seconds, 2 * self.clock * self.time_of(rows))
+        if rows > 1:
+            known = self.step_time.setdefault(rows, Mean(self.time_of(rows), PRIOR))
+            known.add(seconds / self.clock)
+        self.clock += CLOCK * (seconds / self.time_of(rows) - self.clock)
 
     def saw_draft(
         self,
@@ -170,12 +178,11 @@ class Chooser:
         arm.last_used = self.round
         if not offered:
             return
+        per_token = min(draft_seconds / offered / self.clock, 2 * max(arm.token_time.value, 0.01))
+        arm.token_time.add(per_token)
         arm.emitted = arm.emitted * MEMORY + 1 + accepted
-        arm.seconds = arm.seconds * MEMORY + draft_seconds + step_seconds
-        per_token = draft_seconds / offered
-        if arm.token_seconds is None:
-            arm.token_seconds = Mean(per_token)
-        arm.token_seconds.add(min(per_token, 2 * arm.token_seconds.value))
+        arm.time = arm.time * MEMORY + offered * per_token
+        arm.time += min(step_seconds / self.clock, 2 * self.time_of(offered + 1))
         for i in range(min(offered, accepted + 1, arm.longest)):
             stood = 1.0 if i < accepted else 0.0
             arm.acceptance.add(stood)
@@ -184,12 +191,24 @@ class Chooser:
             if i < len(shares):
                 arm.bins[confidence_bin(shares[i])].add(stood)
 
+    def time_of(self, rows: int) -> float:
+        """Time of a step of so many rows: measured, or on the line through its neighbours."""
+        known = self.step_time
+        if rows == 1:
+            return 1.0
+        if rows in known:
+            return known[rows].value
+        low = max((r for r in known if r < rows), default=1)
+        above = [r for r in known if r > rows]
+        start = known[low].value if low > 1 else 1.0
+        if not above:
+            return start + ROW_GUESS * (rows - low)
+        high = min(above)
+        return start + (known[high].value - start) * (rows - low) / (high - low)
+
     def _worth(self, arm: Arm, rate: float) -> float:
-        plain = self.step_seconds[1].value
-        token = arm.token_seconds.value if arm.token_seconds else arm.cost * plain
-        rows = max(self.step_seconds)
-        row = max(0.0, (self._seconds(rows) - plain) / (rows - 1)) if rows > 1 else 0.05 * plain
-        return rate * (token + row) / max(arm.acceptance.value, 0.1)
+        row = max(0.0, self.time_of(ROWS) - 1.0) / (ROWS - 1)
+        return rate * (arm.token_time.value + row) / max(arm.acceptance.value, 0.1)
 
     def _best_length(self, arm: Arm, most: int, run: int) -> tuple[int, float]:
         """The length of an n-gram draft that emits fastest, and how fast."""
@@ -197,29 +216,14 @@ class Chooser:
         for length in range(1, most + 1):
             alive *= arm.survival[min(run, LONGEST_RUN)][length - 1].value
             emitted += alive
-            rate = emitted / self._seconds(length + 1)
+            rate = emitted / self.time_of(length + 1)
             if rate > best_rate:
                 best, best_rate = length, rate
         return best, best_rate
 
     def _forgive(self, arm: Arm) -> None:
         """Let an arm that has long lost start anew: texts change."""
-        if arm.seconds and self.round - arm.last_used > RETRY << min(arm.lapses, 8):
-            arm.emitted = arm.seconds = 0.0
+        if arm.time and self.round - arm.last_used > RETRY << min(arm.lapses, 8):
+            arm.emitted = arm.time = 0.0
             arm.last_used = self.round
             arm.lapses += 1
-
-    def _seconds(self, rows: int) -> float:
-        """Time of a step of so many rows: measured, or on the line through its neighbours."""
-        known = self.step_seconds
-        if rows in known:
-            return known[rows].value
-        below = [r for r in known if r < rows]
-        above = [r for r in known if r > rows]
-        if below and above:
-            low, high = max(below), min(above)
-            share = (rows - low) / (high - low)
-            return known[low].value * (1 - share) + known[high].value * share
-        if below:
-            return known[max(below)].value * (1 + 0.05 * (rows - max(below)))
-        return known[min(above)].value
