@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.saltire-installed
 PYTHON ?= python3
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: install demo test lint format bench sanitize cuda clean
+.PHONY: install demo test lint format bench sanitize cuda device clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -34,6 +34,10 @@ cuda: install ## build the CUDA library for every architecture and read its mach
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
 	$(PY) -m cmake --build build/cuda --target saltire_cuda
 	$(PY) -m pytest -m slow tests/cuda_on_cpu/test_compiler.py
+
+# With the Python that is there: a machine with a GPU is often without a network, and brings its torch.
+device: ## on a machine with a GPU: build, prove and measure the CUDA kernels in under 8 minutes
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.device $(DEVICE_OPTIONS)
 
 bench: install ## every bench in its quick form; rows go to bench/results (SALTIRE_DATA: folder of test data)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[bench]"

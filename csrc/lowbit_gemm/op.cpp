@@ -6,8 +6,8 @@
 
 #include "core/isa.h"
 #include "core/quant_linear.h"
-#include "core/tensor.h"
 #include "core/threads.h"
+#include "lowbit_gemm/arguments.h"
 #include "lowbit_gemm/layout.h"
 #include "lowbit_gemm/plan.h"
 
@@ -15,35 +15,6 @@ namespace saltire::lowbit_gemm {
 namespace {
 
 constexpr int64_t kRowsPerThread = 16;  // grain of loops that run at load and save only
-
-void check_bits(const char* op, int64_t bits) {
-  SALTIRE_CHECK(bits >= 2 && bits <= 4, op, ": bits = ", bits,
-                "; weights have 2, 3 or 4 bits. Choose one of them.");
-}
-
-void check_group(const char* op, int64_t k, int64_t group) {
-  SALTIRE_CHECK(k >= kKMultiple && k % kKMultiple == 0, op, ": K = ", k, " is not a multiple of ",
-                kKMultiple, ". Pad the inputs to K = ", (k / kKMultiple + 1) * kKMultiple,
-                " with codes of the zero point.");
-  SALTIRE_CHECK(k <= kMaxK, op, ": K = ", k, "; sums of products are exact only up to K = ", kMaxK,
-                ". Split the inputs.");
-  SALTIRE_CHECK(group == 0 || (group > 0 && group % kKMultiple == 0 && k % group == 0), op,
-                ": group = ", group, " with K = ", k,
-                "; expected 0 (per channel) or a multiple of ", kKMultiple, " that divides K.");
-}
-
-Float table_type(const char* op, const char* name, const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float) return Float::f32;
-  SALTIRE_CHECK(t.scalar_type() == ScalarType::Half, op, ": ", name, " is ", describe(t),
-                "; expected float32 or float16. Convert it with .to(torch.float16).");
-  return Float::f16;
-}
-
-ScalarType scalar_type(Float type) {
-  return type == Float::f32   ? ScalarType::Float
-         : type == Float::f16 ? ScalarType::Half
-                              : ScalarType::BFloat16;
-}
 
 Tensor pack_weight(const Tensor& codes, int64_t bits) {
   const char* op = "pack_weight";
@@ -95,38 +66,14 @@ Tensor unpack_weight(const Tensor& packed, int64_t bits) {
 Tensor lowbit_prepack(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
                       int64_t bits, int64_t group) {
   const char* op = "lowbit_prepack";
-  check_bits(op, bits);
   check_cpu(op, "packed", packed);
-  check_cpu(op, "scale", scale);
-  check_dtype(op, "packed", packed, ScalarType::Byte);
-  check_dim(op, "packed", packed, 2);
-  check_dim(op, "scale", scale, 2);
-  WeightLayout layout;
-  layout.bits = static_cast<int>(bits);
-  layout.n = packed.size(0);
-  layout.k = packed.size(1) * (8 / container_bits(layout.bits));
-  SALTIRE_CHECK(layout.n >= 1, op, ": packed is ", describe(packed), "; N must be at least 1.");
-  check_group(op, layout.k, group);
-  layout.group = group == 0 ? layout.k : group;
-  layout.table = table_type(op, "scale", scale);
-  layout.has_zero = zero.has_value();
-  check_size(op, "scale", scale, 0, layout.n, "N");
-  check_size(op, "scale", scale, 1, layout.groups(), "K / group");
-  if (zero.has_value()) {
-    check_cpu(op, "zero", *zero);
-    check_dtype(op, "zero", *zero, scale.scalar_type());
-    check_dim(op, "zero", *zero, 2);
-    check_size(op, "zero", *zero, 0, layout.n, "N");
-    check_size(op, "zero", *zero, 1, layout.groups(), "K / group");
-  }
-  const Tensor codes = as_contiguous(packed);
-  const Tensor scales = as_contiguous(scale);
-  const Tensor zeros = zero.has_value() ? as_contiguous(*zero) : scales;
+  const Checkpoint c = check_checkpoint(op, packed, scale, zero, bits, group);
+  const WeightLayout layout = {c.n, c.k, c.group, c.bits, zero.has_value(), c.table};
   Tensor out = new_tensor(packed, {layout.bytes()}, ScalarType::Byte);
   auto* buffer = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const auto* from = static_cast<const uint8_t*>(codes.const_data_ptr());
-  const void* scale_data = scales.const_data_ptr();
-  const void* zero_data = zeros.const_data_ptr();
+  const auto* from = static_cast<const uint8_t*>(c.packed.const_data_ptr());
+  const void* scale_data = c.scale.const_data_ptr();
+  const void* zero_data = c.zero_data();
   write_header(layout, buffer);
   parallel_for(layout.blocks(), 1, [&](int64_t begin, int64_t end) {
     prepack_blocks(layout, from, scale_data, zero_data, buffer, begin, end);
@@ -218,29 +165,6 @@ void shift_tile(const WeightLayout& layout, const int32_t* sums, float* out, int
   }
 }
 
-const float* optional_f32(const char* op, const char* name, const std::optional<Tensor>& t) {
-  if (!t.has_value()) return nullptr;
-  check_cpu(op, name, *t);
-  check_dtype(op, name, *t, ScalarType::Float);
-  return static_cast<const float*>(t->const_data_ptr());
-}
-
-std::optional<Tensor> contiguous_if_given(const std::optional<Tensor>& t) {
-  return t.has_value() ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
-}
-
-void check_low_rank(const char* op, const std::optional<Tensor>& x, const std::optional<Tensor>& w,
-                    int64_t m, int64_t n) {
-  SALTIRE_CHECK(x.has_value() == w.has_value(), op,
-                ": low_rank_x and low_rank_w must be given together or not at all.");
-  if (!x.has_value()) return;
-  check_dim(op, "low_rank_x", *x, 2);
-  check_dim(op, "low_rank_w", *w, 2);
-  check_size(op, "low_rank_x", *x, 0, m, "M");
-  check_size(op, "low_rank_w", *w, 0, x->size(1), "R, as in low_rank_x");
-  check_size(op, "low_rank_w", *w, 1, n, "N");
-}
-
 // Packs the activations for the kernel and runs it on all threads.
 void run(Gemm& gemm, const KernelChoice& choice, const int8_t* codes, const int32_t* sums) {
   const char* op = "lowbit_gemm";
@@ -293,59 +217,28 @@ Tensor lowbit_gemm(const Tensor& codes, const Tensor& x_scale, const Tensor& x_s
                    const std::optional<Tensor>& low_rank_w) {
   const char* op = "lowbit_gemm";
   check_bits(op, bits);
-  SALTIRE_CHECK(act_bits >= 3 && act_bits <= 8, op, ": act_bits = ", act_bits,
-                "; activations have 3 to 8 bits. Choose one of them.");
   check_cpu(op, "codes", codes);
-  check_cpu(op, "x_scale", x_scale);
-  check_cpu(op, "x_sum", x_sum);
-  check_dtype(op, "codes", codes, ScalarType::Char);
-  check_dim(op, "codes", codes, 2);
-  const int64_t m = codes.size(0);
-  const int64_t k = codes.size(1);
-  check_group(op, k, group);
+  const Operands o = check_operands(op, codes, x_scale, x_sum, n, group, act_bits, out_dtype, bias,
+                                    low_rank_x, low_rank_w);
   const Tensor weight = as_contiguous(w);
   Gemm gemm;
-  gemm.layout = open_weight(op, weight, n, k, bits, group);
-  check_dtype(op, "x_scale", x_scale, ScalarType::Float);
-  check_dim(op, "x_scale", x_scale, 1);
-  check_size(op, "x_scale", x_scale, 0, m, "M");
-  check_dtype(op, "x_sum", x_sum, ScalarType::Int);
-  check_dim(op, "x_sum", x_sum, 2);
-  check_size(op, "x_sum", x_sum, 0, m, "M");
-  check_size(op, "x_sum", x_sum, 1, gemm.layout.groups(), "K / group");
-  check_low_rank(op, low_rank_x, low_rank_w, m, n);
-  const std::optional<Tensor> bias_c = contiguous_if_given(bias);
-  const std::optional<Tensor> low_rank_x_c = contiguous_if_given(low_rank_x);
-  const std::optional<Tensor> low_rank_w_c = contiguous_if_given(low_rank_w);
-  if (bias.has_value()) {
-    check_dim(op, "bias", *bias, 1);
-    check_size(op, "bias", *bias, 0, n, "N");
-  }
-  gemm.bias = optional_f32(op, "bias", bias_c);
-  gemm.low_rank_x = optional_f32(op, "low_rank_x", low_rank_x_c);
-  gemm.low_rank_w = optional_f32(op, "low_rank_w", low_rank_w_c);
-  gemm.rank = low_rank_x.has_value() ? low_rank_x->size(1) : 0;
-  SALTIRE_CHECK(out_dtype == ScalarType::Float || out_dtype == ScalarType::Half ||
-                    out_dtype == ScalarType::BFloat16,
-                op, ": out_dtype = ", dtype_name(out_dtype),
-                "; expected float32, bfloat16 or float16. Choose one of them.");
-  gemm.out_type = out_dtype == ScalarType::Float  ? Float::f32
-                  : out_dtype == ScalarType::Half ? Float::f16
-                                                  : Float::bf16;
-  Tensor out = new_tensor(codes, {m, n}, out_dtype);
-  if (m == 0) return out;
+  gemm.layout = open_weight(op, weight, n, o.k, bits, group);
+  Tensor out = new_tensor(codes, {o.m, n}, out_dtype);
+  if (o.m == 0) return out;
 
-  const Tensor codes_c = as_contiguous(codes);
-  const Tensor x_scale_c = as_contiguous(x_scale);
-  const Tensor x_sum_c = as_contiguous(x_sum);
   const KernelChoice choice = choose_kernel();
   gemm.w = static_cast<const uint8_t*>(weight.const_data_ptr()) + sizeof(Header);
-  gemm.act_bits = static_cast<int>(act_bits);
-  gemm.tiles = RowTiles::make(m, choice.rows);
-  gemm.x_scale = static_cast<const float*>(x_scale_c.const_data_ptr());
+  gemm.act_bits = o.act_bits;
+  gemm.tiles = RowTiles::make(o.m, choice.rows);
+  gemm.x_scale = static_cast<const float*>(o.x_scale.const_data_ptr());
+  gemm.bias = data_of(o.bias);
+  gemm.low_rank_x = data_of(o.low_rank_x);
+  gemm.low_rank_w = data_of(o.low_rank_w);
+  gemm.rank = o.rank;
   gemm.out = out.mutable_data_ptr();
-  run(gemm, choice, static_cast<const int8_t*>(codes_c.const_data_ptr()),
-      static_cast<const int32_t*>(x_sum_c.const_data_ptr()));
+  gemm.out_type = o.out;
+  run(gemm, choice, static_cast<const int8_t*>(o.codes.const_data_ptr()),
+      static_cast<const int32_t*>(o.x_sum.const_data_ptr()));
   return out;
 }
 

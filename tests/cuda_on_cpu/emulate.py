@@ -19,7 +19,15 @@ EMULATOR = HERE / "emulator"
 BUILD = ROOT / "build" / "cuda_on_cpu"
 COMPILER = os.environ.get("CXX", "g++")
 
-COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unused-function"]
+COMMON = [
+    "-std=c++17",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unused-function",
+    "-Wno-unknown-pragmas",
+]
 INCLUDES = [f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{CSRC}"]
 ENGINE_FLAGS = [*COMMON, "-O2", *INCLUDES]
 # thread: for its hooks alone, which memory.cpp defines; the sanitizer itself is not linked.

@@ -19,9 +19,9 @@ __global__ void multiply(const uint32_t* a, const uint32_t* b, int32_t* d, int w
                             a[g * words + w + 4 + t], a[(g + 8) * words + w + 4 + t]};
     const uint32_t fb[2] = {b[g * words + w + t], b[g * words + w + 4 + t]};
     if constexpr (bits == 8) {
-      mma_u8s8(sum, fa, fb);
+      mma_s8(sum, fa, fb);
     } else {
-      mma_u4s4(sum, fa, fb);
+      mma_s4(sum, fa, fb);
     }
   }
   for (int i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = sum[i];

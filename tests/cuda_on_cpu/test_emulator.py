@@ -28,8 +28,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_mma_equals_plain_loops(program, bits, seed) -> None:
     K = 4 * 32 if bits == 8 else 4 * 64
-    a = torch.randint(0, 2**bits, (16, K))
-    b = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (8, K))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    a, b = torch.randint(low, high, (16, K)), torch.randint(low, high, (8, K))
     got = run(
         program, seed, out={"d": (torch.int32, (16, 8))}, what="mma", type=f"s{bits}",
         a=pack(a, bits), b=pack(b, bits), words=K * bits // 32,

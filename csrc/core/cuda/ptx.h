@@ -165,23 +165,30 @@ SALTIRE_DEVICE int32_t dot4(uint32_t u8x4, uint32_t s8x4, int32_t sum) {
   return d;
 }
 
-// D += A·B, A unsigned and B signed bytes, on the tensor cores.
-SALTIRE_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// The same of signed bytes on both sides.
+SALTIRE_DEVICE int32_t dot4_signed(uint32_t a, uint32_t b, int32_t sum) {
+  int32_t d;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(sum));
+  return d;
+}
+
+// D += A·B of signed bytes, on the tensor cores.
+SALTIRE_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// D += A·B, A unsigned and B signed 4-bit integers. Native on sm_80, 86 and 89 only; elsewhere a
+// D += A·B of signed 4-bit integers. Native on sm_80, 86 and 89 only; elsewhere a
 // long emulation, so code for other chips must not call it.
-SALTIRE_DEVICE void mma_u4s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+SALTIRE_DEVICE void mma_s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 900
   __trap();
 #else
   asm volatile(
-      "mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

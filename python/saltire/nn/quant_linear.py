@@ -47,10 +47,10 @@ class QuantLinear(nn.Module):
     """``y = Q(T(x)) · Q(W)ᵀ + (x·L)·R + b`` with T a diagonal and a rotation.
 
     x: float [..., K] -> [..., N] in x's dtype. Weights are kept once: in the checkpoint layout
-    until the first CPU forward, then in the layout that the CPU kernels read; ``state_dict`` always
-    gives the checkpoint layout. Buffers: weight_packed uint8 [N, K·c/8]; weight_scale [N, K/G];
-    weight_zero the same, if the format has zero points; diag float32 [K]; left [A, A]; right
-    [B, B]; low_rank_in float32 [K, R]; low_rank_out float32 [R, N]; bias float32 [N].
+    until the first forward, then in the layout that its device's kernels read; ``state_dict``
+    always gives the checkpoint layout. Buffers: weight_packed uint8 [N, K·c/8]; weight_scale
+    [N, K/G]; weight_zero the same, if the format has zero points; diag float32 [K]; left [A, A];
+    right [B, B]; low_rank_in float32 [K, R]; low_rank_out float32 [R, N]; bias float32 [N].
 
     With ``format.rank_bits`` under 32 the branch is stored as ``branch_in`` [R, K·b/8], in the
     basis of T(x), and ``branch_out`` [N, R·b/8]: float16, or codes with a scale a row
@@ -98,7 +98,7 @@ class QuantLinear(nn.Module):
             persistent = not (decoded and name in ("low_rank_in", "low_rank_out"))
             self.register_buffer(name, buffer, persistent=persistent)
         self.shared_input: SharedInput | None = None
-        self._prepacked: Tensor | None = None  # the CPU layout; weight_packed and scales are empty
+        self._prepacked: Tensor | None = None  # then weight_packed and scales are empty
 
     def quantize_input(self, x: Tensor) -> Quantized:
         """Codes [M, K], scales [M] and sums for the GEMM, M all tokens of x [..., K]."""
@@ -219,8 +219,9 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move, but never change a dtype: scales and diagonals keep the one they were made in."""
-        if self._prepacked is not None and fn(self._prepacked.new_empty(0)).device.type != "cpu":
-            self._release()
+        w = self._prepacked
+        if w is not None and fn(w.new_empty(0)).device != w.device:
+            self._release()  # every kind of device has a layout of its own
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

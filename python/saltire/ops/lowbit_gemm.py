@@ -14,10 +14,13 @@ from torch import Tensor
 
 from saltire.errors import SaltireError
 from saltire.ops import library  # noqa: F401  (loads the compiled ops)
+from saltire.reference import lowbit_gemm as reference
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4}
 HEADER_BYTES = 64
 BLOCK = 32  # outputs of a block of the prepacked layout
+# The same of CUDA's layout, csrc/lowbit_gemm/device_layout.h.
+DEVICE_BLOCK, DEVICE_SLAB, DEVICE_TAIL = 64, 128, 80
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
@@ -50,7 +53,8 @@ def prepack_weight(
     [N, K/group]; group 0: one group of K, else a multiple of 32 that divides K. zero: as scale, or
     None for a symmetric weight. Returns uint8 [bytes]: header, then codes, scales and zeros in the
     order in which the kernel reads them, none of them changed, so ``unprepack_weight`` undoes it
-    exactly. The layout does not depend on the instruction set. Raises SaltireError.
+    exactly. The layout does not depend on the instruction set; a CUDA tensor gets CUDA's layout,
+    which depends on no architecture either. Raises SaltireError.
     """
     try:
         return torch.ops.saltire.lowbit_prepack(packed, scale, zero, bits, group)
@@ -102,8 +106,9 @@ def lowbit_gemm(
     codes: int8 [M, K], |code| < 2**(act_bits - 1). x_scale: f32 [M]; a NaN makes its row NaN.
     x_sum: int32 [M, K/group], the sums of codes over each group. w: uint8 from ``prepack_weight``
     with N = ``n``, ``bits`` and ``group``. act_bits: what codes were quantised to, 3 to 8; below 8
-    AVX2 sums more products in 16 bits, and codes outside the range are refused. bias: f32 [N].
-    low_rank_x: f32 [M, R], computed from the unquantised x; low_rank_w: f32 [R, N].
+    AVX2 sums more products in 16 bits, and codes outside the range are refused; on a CUDA device,
+    where a check would have to wait, they are the caller's care. Groups are 32, 64, 128 or 0 there.
+    bias: f32 [N]. low_rank_x: f32 [M, R], computed from the unquantised x; low_rank_w: f32 [R, N].
     Returns out_dtype (f32, bf16 or f16) [M, N]. Raises SaltireError for anything else.
     """
     try:
@@ -140,6 +145,13 @@ def _prepack_fake(
 ) -> Tensor:
     N, row_bytes = packed.shape
     tables = 1 if zero is None else 2
+    if packed.device.type == "cuda":
+        slabs = -(-row_bytes * 8 // CONTAINER_BITS[bits] // DEVICE_SLAB)
+        groups = slabs * DEVICE_SLAB // group if scale.shape[1] > 1 else 1
+        row = slabs * DEVICE_SLAB * CONTAINER_BITS[bits] // 8
+        row += groups * scale.element_size() * tables
+        tail = DEVICE_TAIL + 16 * (tables - 1) + (32 if scale.dtype == torch.float16 else 0)
+        return packed.new_empty((-(-N // DEVICE_BLOCK) * DEVICE_BLOCK * row + tail,))
     row = row_bytes + scale.shape[1] * scale.element_size() * tables
     return packed.new_empty((HEADER_BYTES + (N + BLOCK - 1) // BLOCK * BLOCK * row,))
 
@@ -182,3 +194,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"saltire::{_name}", _fake)
+
+
+def _pack_on_device(codes: Tensor, bits: int) -> Tensor:
+    if int(codes.max()) >= 2**bits:
+        raise SaltireError(f"pack_weight: codes hold a value of {2**bits} or more. Clamp them.")
+    return reference.pack_weight(codes, bits)
+
+
+# Both run at load and at save only, so a device has no kernels of its own for them.
+torch.library.impl("saltire::pack_weight", "CUDA", _pack_on_device)
+torch.library.impl("saltire::unpack_weight", "CUDA", reference.unpack_weight)

@@ -34,6 +34,14 @@ struct Copy {
   bool there;
 };
 
+// A product of a warpgroup under way: registers stay where they are.
+struct Product {
+  int32_t* d;
+  const uint32_t* a;
+  uint64_t b;
+  bool add;
+};
+
 struct Thread {
   Index thread, block;
   Size threads, blocks;
@@ -43,6 +51,9 @@ struct Thread {
   void* stack_pointer = nullptr;
   std::vector<Copy> open;                  // copies not yet committed
   std::vector<std::vector<Copy>> pending;  // committed groups, oldest first
+  bool registers_ready = false;            // since begin_products
+  std::vector<Product> open_products;
+  std::vector<std::vector<Product>> products;
 };
 
 // The fiber that runs now; null in host code.

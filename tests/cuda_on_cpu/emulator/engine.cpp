@@ -125,6 +125,9 @@ void fiber_main() {
   bool waited = current->open.empty();
   for (const std::vector<Copy>& group : current->pending) waited = waited && group.empty();
   if (!waited) stop("the thread ends with asynchronous copies that it never waited for");
+  if (!current->open_products.empty() || !current->products.empty()) {
+    stop("the thread ends with products that it never waited for");
+  }
   current->done = true;
   --engine().alive;
   to_host();

@@ -211,16 +211,14 @@ void multiply(void** records, int per_register, A value_of_a, B value_of_b) {
 
 void mma_integers(int bits, int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Mma<int32_t> record{bits, false, a, b, d};
-  collective(bits == 8 ? "mma u8 s8" : "mma u4 s4", &record, [](void** records) {
+  collective(bits == 8 ? "mma s8" : "mma s4", &record, [](void** records) {
     const int width = lane<Mma<int32_t>>(records, 0).bits;
-    const auto field = [width](uint32_t word, int e) {
-      return word >> (width * e) & ((1u << width) - 1);
+    const auto value = [width](uint32_t word, int e) {
+      const uint32_t v = word >> (width * e) & ((1u << width) - 1);
+      return v >> (width - 1) != 0 ? v - (1u << width) : v;
     };
-    multiply<int32_t, uint32_t>(  // unsigned: sums wrap, as the hardware's do
-        records, 32 / width, field, [&](uint32_t word, int e) {
-          const uint32_t v = field(word, e);
-          return v >> (width - 1) != 0 ? v - (1u << width) : v;
-        });
+    // Unsigned: sums wrap, as the hardware's do.
+    multiply<int32_t, uint32_t>(records, 32 / width, value, value);
   });
 }
 

@@ -121,10 +121,16 @@ SALTIRE_DEVICE int32_t dot4(uint32_t u8x4, uint32_t s8x4, int32_t sum) {
   }
   return static_cast<int32_t>(total);
 }
-SALTIRE_DEVICE void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+SALTIRE_DEVICE int32_t dot4_signed(uint32_t a, uint32_t b, int32_t sum) {
+  for (int i = 0; i < 32; i += 8) {
+    sum += static_cast<int8_t>(a >> i & 255u) * static_cast<int8_t>(b >> i & 255u);
+  }
+  return sum;
+}
+SALTIRE_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma_integers(8, d, a, b);
 }
-SALTIRE_DEVICE void mma_u4s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+SALTIRE_DEVICE void mma_s4(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma_integers(4, d, a, b);
 }
 SALTIRE_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
