@@ -86,7 +86,16 @@ inline Checkpoint check_checkpoint(const char* op, const Tensor& packed, const T
           table};
 }
 
-// What lowbit_gemm gets beside the weight, contiguous.
+// The sizes that the weight is held against, before all else that depends on them.
+inline void check_codes(const char* op, const Tensor& codes, int64_t group, int64_t act_bits) {
+  SALTIRE_CHECK(act_bits >= 3 && act_bits <= 8, op, ": act_bits = ", act_bits,
+                "; activations have 3 to 8 bits. Choose one of them.");
+  check_dtype(op, "codes", codes, ScalarType::Char);
+  check_dim(op, "codes", codes, 2);
+  check_group(op, codes.size(1), group);
+}
+
+// What lowbit_gemm gets beside the weight, contiguous; after check_codes.
 struct Operands {
   Tensor codes, x_scale, x_sum;
   std::optional<Tensor> bias, low_rank_x, low_rank_w;
@@ -110,14 +119,9 @@ inline Operands check_operands(const char* op, const Tensor& codes, const Tensor
                                ScalarType out_dtype, const std::optional<Tensor>& bias,
                                const std::optional<Tensor>& low_rank_x,
                                const std::optional<Tensor>& low_rank_w) {
-  SALTIRE_CHECK(act_bits >= 3 && act_bits <= 8, op, ": act_bits = ", act_bits,
-                "; activations have 3 to 8 bits. Choose one of them.");
   check_same_device(op, "x_scale", x_scale, "codes", codes);
   check_same_device(op, "x_sum", x_sum, "codes", codes);
-  check_dtype(op, "codes", codes, ScalarType::Char);
-  check_dim(op, "codes", codes, 2);
   const int64_t m = codes.size(0), k = codes.size(1);
-  check_group(op, k, group);
   check_dtype(op, "x_scale", x_scale, ScalarType::Float);
   check_dim(op, "x_scale", x_scale, 1);
   check_size(op, "x_scale", x_scale, 0, m, "M");

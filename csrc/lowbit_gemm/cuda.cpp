@@ -78,12 +78,14 @@ Tensor lowbit_gemm_cuda(const Tensor& codes, const Tensor& x_scale, const Tensor
                         const std::optional<Tensor>& low_rank_x,
                         const std::optional<Tensor>& low_rank_w) {
   const char* op = "lowbit_gemm";
+  check_codes(op, codes, group, act_bits);
+  check_same_device(op, "w", w, "codes", codes);
+  const Tensor weight = as_aligned(as_contiguous(w));
+  DeviceProblem p;
+  p.layout = open_weight(op, weight, n, codes.size(1), bits, group);
   const Operands o = check_operands(op, codes, x_scale, x_sum, n, group, act_bits, out_dtype, bias,
                                     low_rank_x, low_rank_w);
-  check_same_device(op, "w", w, "codes", codes);
-  const Tensor weight = as_aligned(as_contiguous(w)), x = as_aligned(o.codes);
-  DeviceProblem p;
-  p.layout = open_weight(op, weight, n, o.k, bits, group);
+  const Tensor x = as_aligned(o.codes);
   p.M = o.m;
   p.act_bits = o.act_bits;
   p.x = static_cast<const int8_t*>(x.const_data_ptr());

@@ -242,7 +242,11 @@ DevicePlan plan_mma(const DeviceProblem& p, const cuda::Device& device) {
   plan.shared_bytes = shared(plan.tokens);
   plan.token_blocks = ceil_div(p.M, plan.tokens);
   const int stages = ceil_div(l.slabs(), kUnitSlabs);
-  const int units = static_cast<int>(l.row_blocks()) * stages;
+  const int64_t all_units = l.row_blocks() * stages;
+  SALTIRE_CHECK(all_units * 2 * device.multiprocessors < (int64_t{1} << 31),
+                "lowbit_gemm: N = ", l.n, " times K = ", l.k,
+                " is too large for a CUDA device. Split the outputs.");
+  const int units = static_cast<int>(all_units);
   const bool two = plan.tokens <= 32 && 2 * (plan.shared_bytes + 1024) <=
                                             static_cast<size_t>(device.shared_bytes) + 1024;
   // A worker fills its pipeline once at least, or does a whole block.

@@ -218,11 +218,12 @@ Tensor lowbit_gemm(const Tensor& codes, const Tensor& x_scale, const Tensor& x_s
   const char* op = "lowbit_gemm";
   check_bits(op, bits);
   check_cpu(op, "codes", codes);
-  const Operands o = check_operands(op, codes, x_scale, x_sum, n, group, act_bits, out_dtype, bias,
-                                    low_rank_x, low_rank_w);
+  check_codes(op, codes, group, act_bits);
   const Tensor weight = as_contiguous(w);
   Gemm gemm;
-  gemm.layout = open_weight(op, weight, n, o.k, bits, group);
+  gemm.layout = open_weight(op, weight, n, codes.size(1), bits, group);
+  const Operands o = check_operands(op, codes, x_scale, x_sum, n, group, act_bits, out_dtype, bias,
+                                    low_rank_x, low_rank_w);
   Tensor out = new_tensor(codes, {o.m, n}, out_dtype);
   if (o.m == 0) return out;
 

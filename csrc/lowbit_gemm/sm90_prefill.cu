@@ -126,6 +126,7 @@ SALTIRE_DEVICE void multiply_groups(const Task& task, const Lane& at, const Slab
       const int group = first_group + part;
 #pragma unroll
       for (int j = 0; j < 64; ++j) {
+        if (j % 8 == 0) keep_order();
         const int m = first_token + j / 4 * 8 + 2 * at.t + j % 2;
         const bool known = m < task.M && group < task.groups;
         const float x_sum = known ? static_cast<float>(task.x_sum[m * task.groups + group]) : 0.0f;
@@ -159,7 +160,7 @@ SALTIRE_DEVICE void start_slab(const Slab<bits>& w, uint64_t b, bool add, uint32
 template <int bits, bool grouped>
 SALTIRE_DEVICE void finish_rows(const Task& task, const Lane& at, const uint32_t (&sums)[64],
                                 int block, int first_token) {
-  constexpr int kChunk = 4;  // tiles of 8 tokens at a time, for registers' sake
+  constexpr int kChunk = 2;  // tiles of 8 tokens at a time, for registers' sake
   const int row = block * kRowBlock + at.tile * kTileRows + at.g;
 #pragma unroll
   for (int first = 0; first < 16; first += kChunk) {
@@ -168,6 +169,7 @@ SALTIRE_DEVICE void finish_rows(const Task& task, const Lane& at, const uint32_t
     for (int i = 0; i < 4 * kChunk; ++i) tile.bits[i / 4][i % 4] = sums[first * 4 + i];
     finish_tile<grouped, kChunk>(task, tile, row, first_token + 8 * first + 2 * at.t,
                                  kByteFactor<bits>);
+    keep_order();
   }
 }
 

@@ -11,18 +11,15 @@
 
 namespace saltire::lowbit_gemm {
 
+// Products of units and workers must stay below 2^31: a device divides 64 bits by a call.
 struct StreamK {
   int units;
   int stages;  // units of a row block
   int workers;
 
-  SALTIRE_BOTH int begin(int worker) const {
-    return static_cast<int>(static_cast<int64_t>(units) * worker / workers);
-  }
+  SALTIRE_BOTH int begin(int worker) const { return units * worker / workers; }
   // The worker that does a unit: the greatest w with begin(w) <= unit.
-  SALTIRE_BOTH int owner(int unit) const {
-    return static_cast<int>(((static_cast<int64_t>(unit) + 1) * workers - 1) / units);
-  }
+  SALTIRE_BOTH int owner(int unit) const { return ((unit + 1) * workers - 1) / units; }
   SALTIRE_BOTH int first_worker(int block) const { return owner(block * stages); }
   SALTIRE_BOTH int last_worker(int block) const { return owner((block + 1) * stages - 1); }
   SALTIRE_BOTH bool is_split(int block) const { return first_worker(block) != last_worker(block); }

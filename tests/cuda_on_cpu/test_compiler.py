@@ -62,6 +62,14 @@ def test_tensor_core_kernels_call_nothing(compiled, case) -> None:
 # File -> opcode prefix that the kernels whose name holds the word must have, by architecture.
 INTENDED: list[tuple[str, str, str]] = [
     ("transform_quantize/kernel", "transform_in", "REDUX"),
+    ("lowbit_gemm/kernel_gemv", "gemv", "IDP.4A.S8.S8"),
+    ("lowbit_gemm/kernel_mma", "multiply_stream", "IMMA.16832.S8.S8"),
+    ("lowbit_gemm/kernel_mma", "multiply_stream", "LDGSTS"),
+    ("lowbit_gemm/sm80_prefill", "multiply_tilesILi4ELb1", "IMMA.16864.S4.S4"),
+    ("lowbit_gemm/sm80_prefill", "multiply_tilesILi2ELb1", "IMMA.16864.S4.S4"),
+    ("lowbit_gemm/sm80_prefill", "multiply_tilesILi4ELb0", "IMMA.16832.S8.S8"),
+    ("lowbit_gemm/sm90_prefill", "multiply_tiles", "IGMMA.64x128x32.S8.S8"),
+    ("lowbit_gemm/sm90_prefill", "multiply_tiles", "UTMALDG.2D"),
 ]
 
 

@@ -77,6 +77,12 @@ SALTIRE_DEVICE void let_next_kernel_start() {
 #endif
 }
 
+// No instruction; but the compiler moves no memory access across it, which keeps it from loading
+// early what it has no registers for.
+SALTIRE_DEVICE void keep_order() {
+  asm volatile("" ::: "memory");
+}
+
 // --- memory -------------------------------------------------------------------------------------
 
 // 16 bytes that are read once: past L1, which they would only sweep clean.

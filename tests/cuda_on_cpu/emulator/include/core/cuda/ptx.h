@@ -80,6 +80,7 @@ SALTIRE_DEVICE int32_t warp_sum(int32_t value) {
 SALTIRE_DEVICE void wait_for_previous_kernel() {}
 SALTIRE_DEVICE void let_next_kernel_start() {}
 
+SALTIRE_DEVICE void keep_order() {}
 SALTIRE_DEVICE uint4 load_once(const void* from) {
   uint4 v;
   emulator::read_16(&v, from);
