@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kGroups = 2;              // warpgroups that compute
 constexpr int kWarpgroup = 128;         // threads
-constexpr int kProducerRegisters = 40;  // 2·128·232 + 128·40 <= 65,536
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24;  // 2·128·240 + 128·24 <= 65,536
+constexpr int kConsumerRegisters = 240;
 static_assert(kSm90Threads == (kGroups + 1) * kWarpgroup, "one more that copies");
 
 // Tiles in bands of eight blocks of tokens: what runs at one time then shares rows and tokens in

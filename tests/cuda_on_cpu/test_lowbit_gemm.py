@@ -7,6 +7,7 @@ arbitrary scales and a tolerance.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saltire import reference
-from tests.cuda_on_cpu.emulate import build, run
+from tests.cuda_on_cpu.emulate import EmulatorError, build, run
 
 ROUTES = {"gemv": 0, "mma": 1, "sm80": 2, "sm90": 3}
 OUT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -253,7 +254,7 @@ def test_workers_share_the_stream(program, units, stages, workers) -> None:
     owners = [int(word) for word in got["owners"].split()]
     slots = [int(word) for word in got["slots"].split()]
     assert (begins[0], begins[-1]) == (0, units)
-    shares = [b - a for a, b in zip(begins, begins[1:], strict=False)]
+    shares = [b - a for a, b in pairwise(begins)]
     assert max(shares) - min(shares) <= 1
     assert owners == [w for w, share in enumerate(shares) for _ in range(share)]
     # Each part of a split block has a slot of its own: a worker's first (even) or last (odd).
