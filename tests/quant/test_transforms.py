@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from saltire.models.adapters import adapter_for
-from saltire.quant.recipe import RECIPES
-from saltire.quant.transforms import input_diagonal, rotation
+from saltire.quant.blocks import BlockRunner
+from saltire.quant.learning.stages import turn_values
+from saltire.quant.recipe import RECIPES, TRANSFORMS
+from saltire.quant.transforms import Transform, input_diagonal, rotation, starting_transform
+from saltire.quant.transforms.values import geometric_mean, principal_turns
 from saltire.reference.transform_quantize import hartley_matrix, quantize, transform
 from tests.tiny import ARCHITECTURES, random_tokens, tiny_model
 
@@ -20,24 +23,27 @@ class TransformedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, recipe) -> None:
         super().__init__()
-        self.hadamard, self.left = rotation(linear.in_features, recipe)
-        self.D = input_diagonal(torch.rand(linear.in_features), torch.rand(linear.in_features))
-        self.weight = transform(linear.weight, self.D, self.hadamard, self.left)
+        x = torch.randn(64, linear.in_features) * torch.rand(linear.in_features)
+        self.transform = starting_transform(x, linear.weight.detach().float(), recipe)
+        self.weight = self.transform.weights(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = transform(x, 1 / self.D, self.hadamard, self.left) @ self.weight.T
+        y = self.transform.inputs(x.flatten(0, -2)) @ self.weight.T
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["none", "block", "full"])
+@pytest.mark.parametrize("kind", [*TRANSFORMS, "bdq, blocks"])
 def test_transforms_alone_leave_the_model_unchanged(architecture, kind) -> None:
     model = tiny_model(architecture).double()
     tokens = random_tokens(model, 2, 24)
     want = model(tokens).logits
-    recipe = replace(RECIPES["w4a4"], rotation=kind, block=32)
+    name, _, blocks = kind.partition(", ")
+    rotation = "block" if blocks else "full"
+    recipe = replace(RECIPES["w4a4"], transform=name, rotation=rotation, block=32)
     names = adapter_for(model.config).linear_names(model)
     assert len(names) == 14
     for name in names:
@@ -45,6 +51,79 @@ def test_transforms_alone_leave_the_model_unchanged(architecture, kind) -> None:
         linear = model.get_submodule(name)
         setattr(model.get_submodule(parent), child, TransformedLinear(linear, recipe))
     torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_turned_values_leave_the_model_unchanged(architecture) -> None:
+    model = tiny_model(architecture).double()
+    tokens = random_tokens(model, 4, 24)
+    want = model(tokens).logits
+    before = model.get_submodule("model.layers.0.self_attn.v_proj").weight.clone()
+    adapter = adapter_for(model.config)
+    runner = BlockRunner(model, adapter, tokens, 2)
+    for block in adapter.blocks(model):
+        turn_values(runner, block, adapter)
+        runner.advance(block)
+    assert not torch.equal(model.get_submodule("model.layers.0.self_attn.v_proj").weight, before)
+    torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def _noise(sigma: torch.Tensor, gram: torch.Tensor, M: torch.Tensor) -> float:
+    """tr(TΣTᵀ)·tr(T⁻ᵀGT⁻¹) with M = TᵀT."""
+    return float((M @ sigma).trace() * (torch.linalg.inv(M) @ gram).trace())
+
+
+def test_the_geometric_mean_has_less_noise_than_any_neighbour() -> None:
+    a, b = torch.randn(12, 40).double(), torch.randn(12, 40).double()
+    sigma, gram = a @ a.T, b @ b.T
+    M = geometric_mean(sigma, gram)
+    least = _noise(sigma, gram, M)
+    assert least < 0.95 * _noise(sigma, gram, torch.eye(12).double())
+    for _ in range(20):
+        step = torch.randn(12, 12).double() * 0.05
+        shift = torch.linalg.matrix_exp(step + step.T)
+        half = torch.linalg.cholesky(M)
+        assert _noise(sigma, gram, half @ shift @ half.T) > least * (1 - 1e-3)
+
+
+def test_turns_bring_the_noise_of_a_diagonal_down() -> None:
+    d = 16
+    a, b = torch.randn(d, d).double(), torch.randn(48, d).double()
+    sigma, w = a @ a.T, b
+
+    def noise(turn: torch.Tensor) -> float:
+        S, G = turn.T @ sigma @ turn, turn.T @ w.T @ w @ turn
+        return float((S.diagonal() * G.diagonal()).sqrt().sum() ** 2)
+
+    (turn,) = principal_turns(sigma, w, d, 1)
+    torch.testing.assert_close(turn.T @ turn, torch.eye(d).double())
+    assert noise(turn) < 0.9 * noise(torch.eye(d).double())
+
+
+def test_an_invertible_transform_is_undone_in_the_weights() -> None:
+    x, w = torch.randn(7, 96).double(), torch.randn(5, 96).double()
+    both = (torch.randn(n, n).double() + 3 * torch.eye(n).double() for n in (8, 12))
+    transform = Transform(torch.rand(96).double() + 0.5, 1, *both)
+    torch.testing.assert_close(transform.inputs(x) @ transform.weights(w).T, x @ w.T)
+    torch.testing.assert_close(transform.back(transform.weights(w)), w)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("case", ["zeros", "constant", "dead channels"])
+def test_odd_activations_give_a_finite_transform(name, case) -> None:
+    x = torch.zeros(16, 64) if case == "zeros" else torch.ones(16, 64)
+    if case == "dead channels":
+        x = torch.randn(16, 64)
+        x[:, ::3] = 0
+    w = torch.randn(8, 64)
+    w[:, 5] = 0
+    transform = starting_transform(x, w, replace(RECIPES["w4a4"], transform=name))
+    assert (transform.diagonal > 0).all()
+    assert transform.weights(w).isfinite().all()
+    torch.testing.assert_close(
+        transform.inputs(x) @ transform.weights(w).T, x @ w.T, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 9, 12, 43, 86])

@@ -19,7 +19,13 @@ def register(app: typer.Typer) -> None:
 def quantize(
     model: str = typer.Argument(..., help="default, a directory, a .gguf file or a hub name"),
     out: Path = typer.Argument(..., help="directory of the new checkpoint"),
-    recipe: str = typer.Option("w4a4", help="what to make; an unknown name lists the known ones"),
+    recipe: str = typer.Option("w4a4", help="a name (an unknown one lists all) or a .yaml file"),
+    effort: str = typer.Option(
+        "", help="fast: closed forms (the default); normal, best: also learn, for longer"
+    ),
+    transform: str = typer.Option(
+        "", help="none, smooth, hadamard, kronecker or bdq in place of the recipe's"
+    ),
     calibration: str = typer.Option("self", help="self, a .txt or .jsonl file, or a data set"),
     samples: int = typer.Option(16, help="calibration samples"),
     length: int = typer.Option(512, help="tokens in one sample"),
@@ -47,9 +53,13 @@ def quantize(
     from saltire.quant.job import Job, run
     from saltire.quant.lowrank.compress import kept_whole
     from saltire.quant.observe import Views
-    from saltire.quant.recipe import parse_recipe
+    from saltire.quant.recipe import parse_recipe, with_effort, with_transform
 
     chosen = parse_recipe(recipe)
+    if effort:
+        chosen = with_effort(chosen, effort)
+    if transform:
+        chosen = with_transform(chosen, transform)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
     processes.start_if_launched()

@@ -34,6 +34,8 @@ class Adapter:
     blocks_path: str = "model.layers"
     norm_path: str = "model.norm"
     head_path: str = "lm_head"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order."""

@@ -27,7 +27,8 @@ class LinearFormat:
     hadamard: block size of the Hadamard rotation, 1 for none. left, right: sizes of the dense
     rotation factors, 0 for none (``saltire.ops.transform_quantize`` defines both). clip: share of
     a token's largest magnitude that the activation grid covers. rank: of the low-rank branch.
-    rank_bits: of the branch's stored factors; 4 and 8 are integers with a scale a row.
+    rank_bits: of the branch's stored factors; 4 and 8 are integers with a scale a row. bias: the
+    layer has a bias even where the original has none.
     """
 
     weight_bits: int = 4
@@ -42,6 +43,7 @@ class LinearFormat:
     clip: float = 1.0
     rank: int = 0
     rank_bits: int = 32
+    bias: bool = False
 
     def __post_init__(self) -> None:
         _require("weight_bits", self.weight_bits, WEIGHT_BITS)

@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
             "diag": ((K,), f32) if format.diag else None,
             "left": ((format.left, format.left), f32) if format.left else None,
             "right": ((format.right, format.right), f32) if format.right else None,
-            "bias": ((N,), f32) if bias else None,
+            "bias": ((N,), f32) if bias or format.bias else None,
             **_branch_shapes(K, N, format),
         }
         decoded = format.rank_bits < 32  # then these are not stored

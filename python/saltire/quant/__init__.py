@@ -1,6 +1,6 @@
-"""Quantisation: recipes, calibration, and the algorithms (BDQ now; DAM to come)."""
+"""Quantisation: recipes, calibration, and the algorithms (BDQ, its peers' transforms, DAM)."""
 
 from saltire.quant.quantize import quantize
-from saltire.quant.recipe import RECIPES, Recipe, parse_recipe
+from saltire.quant.recipe import RECIPES, Recipe, parse_recipe, with_effort, with_transform
 
-__all__ = ["RECIPES", "Recipe", "parse_recipe", "quantize"]
+__all__ = ["RECIPES", "Recipe", "parse_recipe", "quantize", "with_effort", "with_transform"]

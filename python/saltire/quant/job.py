@@ -121,6 +121,10 @@ def _streamed(job: Job, observer: Observer | None) -> int:
         raise SaltireError(
             f"the recipe {job.recipe.name} deals out ranks over the whole model; it cannot stream."
         )
+    if job.recipe.learning is not None and job.recipe.learning.epochs:
+        raise SaltireError(
+            "learning end to end needs the whole model in memory. Use --effort fast with --stream."
+        )
     model, tokenizer, weights = open_streamed(Path(job.model).expanduser())
     if job.calibration == "self":
         raise SaltireError(

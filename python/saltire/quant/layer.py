@@ -11,10 +11,11 @@ from saltire import ops
 from saltire.errors import SaltireError
 from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
 from saltire.nn.quant_linear import QuantLinear
-from saltire.processes import sum_over_all, world_size
+from saltire.processes import sum_over_all
 from saltire.quant.gptq import Curvature, choose_grid, gptq
+from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.recipe import Recipe
-from saltire.quant.transforms import input_diagonal, rotation
+from saltire.quant.transforms import Transform, starting_transform
 from saltire.reference.lowbit_gemm import dequantize_weight
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
@@ -26,44 +27,49 @@ ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 class InputRounding:
     """How an input is transformed and rounded: all that its weights' rounding needs to know of it.
 
-    diagonal: float32 [K], by which weights are multiplied and the input is divided; left: float32
-    [A, A] or None; curvature: of the rounded input.
+    transform: of the input, and inversely of the weights; curvature: of the rounded input.
     """
 
     format: LinearFormat
-    diagonal: Tensor
-    left: Tensor | None
+    transform: Transform
     curvature: Curvature
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> InputRounding:
         """For x, float32 [tokens, K], and the weights that it meets, float32 [N, K]."""
         check_activations(x, where)
-        K = x.shape[1]
-        hadamard, left64 = rotation(K, recipe)
-        left = None if left64 is None else left64.float()
-        D = _diagonal(x, weight) if recipe.diagonal else torch.ones(K)
-        format = recipe.format(hadamard, 0 if left is None else left.shape[0])
-        format.check_fits(where, K)
-        rotated = ops.transform(x, diag=1.0 / D, hadamard=hadamard, left=left)
-        format = replace(format, clip=best_clip(rotated, format))
-        return cls(format, D, left, Curvature.of(second_moment(rotated, format)))
+        transform = starting_transform(x, weight, recipe)
+        sizes = [0 if m is None else len(m) for m in (transform.left, transform.right)]
+        format = recipe.format(transform.hadamard, *sizes)
+        format.check_fits(where, x.shape[1])
+        clip, learning = None, recipe.learning
+        if learning is not None and learning.group_steps and recipe.transform != "none":
+            learned = learn_transform(
+                x,
+                weight,
+                transform,
+                Rounding(recipe.weight_bits, recipe.act_bits, recipe.group),
+                steps=learning.group_steps,
+                rate=learning.group_rate,
+                orthogonal=recipe.transform != "kronecker",
+                diagonal=format.diag,
+            )
+            transform, clip = learned.transform, learned.clip
+        rotated = transform.inputs(x)
+        format = replace(format, clip=best_clip(rotated, format) if clip is None else clip)
+        return cls(format, transform, Curvature.of(second_moment(rotated, format)))
 
     def inputs(self, x: Tensor) -> Tensor:
         """The transformed input before it is rounded: float32 [tokens, K]."""
-        f = self.format
-        return ops.transform(x, diag=1.0 / self.diagonal, hadamard=f.hadamard, left=self.left)
+        return self.transform.inputs(x)
 
     def weights(self, weight: Tensor) -> Tensor:
         """Weights float32 [N, K] in the basis of the transformed input."""
-        f = self.format
-        return ops.transform(weight, diag=self.diagonal, hadamard=f.hadamard, left=self.left)
+        return self.transform.weights(weight)
 
     def back(self, weight: Tensor) -> Tensor:
         """The inverse of ``weights``."""
-        # The transform is a diagonal D and then an orthogonal R: w·D·R = c, so w = c·Rᵀ·D⁻¹.
-        left = None if self.left is None else self.left.T.contiguous()
-        return ops.transform(weight, hadamard=self.format.hadamard, left=left) / self.diagonal
+        return self.transform.back(weight)
 
     def round(self, weight: Tensor) -> RoundedWeights:
         """Round weights float32 [N, K]: a grid for each output or group, then GPTQ."""
@@ -98,13 +104,14 @@ class RoundedWeights:
 
     def layer(self, start: int, stop: int, bias: Tensor | None = None) -> QuantLinear:
         """The quantised linear of outputs [start, stop)."""
-        diagonal, left = self.input.diagonal, self.input.left
-        new = QuantLinear(diagonal.shape[0], stop - start, self.format, bias=bias is not None)
+        transform = self.input.transform
+        new = QuantLinear(transform.channels, stop - start, self.format, bias=bias is not None)
         new.weight_packed = self.packed[start:stop].clone()
         new.weight_scale = self.scale[start:stop].clone()
         new.weight_zero = self.zero[start:stop].clone() if self.format.zero_points else None
-        new.diag = 1.0 / diagonal if self.format.diag else None
-        new.left = None if left is None else left.clone()
+        new.diag = 1.0 / transform.diagonal.float() if self.format.diag else None
+        new.left = None if transform.left is None else transform.left.float().clone()
+        new.right = None if transform.right is None else transform.right.float().clone()
         new.bias = None if bias is None else bias.detach().float()
         return new
 
@@ -194,12 +201,6 @@ def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
     if not torch.isfinite(linear.weight).all():
         raise SaltireError(f"{name}: the weight holds NaN or infinity. The model is damaged.")
     return linear
-
-
-def _diagonal(x: Tensor, weight: Tensor) -> Tensor:
-    rms_x = (sum_over_all(x.square().mean(0)) / world_size()).sqrt()
-    rms_w = weight.square().mean(0).sqrt()
-    return input_diagonal(rms_x, rms_w).float()
 
 
 def _rounded(rotated: Tensor, format: LinearFormat) -> Tensor:

@@ -21,6 +21,7 @@ from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.journal import Journal
 from saltire.quant.layer import quantize_group
+from saltire.quant.learning.stages import prepare, turn_values
 from saltire.quant.lowrank.compress import GroupMethod, group_method
 from saltire.quant.recipe import Recipe, parse_recipe
 from saltire.quant.texts import calibration_tokens
@@ -77,6 +78,8 @@ class Pass:
             self.weights.fill(block, path)
             if self.observer is not None:
                 self.observer.before(index, block, runner)
+            if self.recipe.turns_values:
+                turn_values(runner, block, adapter)
             made = quantize_block(block, path, adapter, runner, method)
             if self.observer is not None:
                 self.observer.after(index, block, runner)
@@ -175,7 +178,9 @@ def quantize(
         if journal is not None:
             journal.keep_tokens(tokens)
     part, batch = share_of(tokens, batch)
+    finish = prepare(model, adapter, part, recipe, seed)
     formats = Pass(model, adapter, recipe, part, batch, Resident(), journal, observer).run()
+    formats |= finish()
     if recipe.head:
         model.config.tie_word_embeddings = False
     round_rest(model, getattr(torch, recipe.rest_dtype))

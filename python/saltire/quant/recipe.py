@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
 
 from saltire.errors import SaltireError
 from saltire.models.kv_rounding import UNROUNDED, check_kv_bits
 from saltire.nn.linear_format import LinearFormat
+from saltire.quant.learning.losses import LOSSES, Loss
 
+TransformName = Literal["none", "smooth", "hadamard", "kronecker", "bdq"]
+TRANSFORMS: tuple[TransformName, ...] = get_args(TransformName)
 Rotation = Literal["none", "block", "full"]
 Gauge = Literal["down", "up", "balanced", "closed", "learned", "hadamard", "learned-hadamard"]
 GAUGES: tuple[Gauge, ...] = get_args(Gauge)
 BRANCH_BITS = (4, 8, 16)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,38 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """What is learned, and for how long.
+
+    group_steps: steps by which each transform is moved to lessen the error of its linears' outputs
+    (0: the closed form stays); group_rate: of AdamW. epochs: passes over the calibration text that
+    learn scales, diagonals and biases end to end against the unquantised model (0: none); rate: of
+    AdamW; loss: ``learning.losses``.
+    """
+
+    group_steps: int = 0
+    group_rate: float = 5e-3
+    epochs: int = 0
+    rate: float = 2e-3
+    loss: Loss = "kl"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise SaltireError(f"loss = {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+        if min(self.group_steps, self.epochs) < 0 or min(self.group_rate, self.rate) <= 0:
+            raise SaltireError("learning takes no negative steps or epochs, and rates above 0.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is quantised.
 
-    weight_bits, act_bits, group, zero_points: see LinearFormat. diagonal: scale input channels by
-    BDQ's closed form before rounding. rotation: ``none``; ``block``, a Hadamard of ``block``
-    channels; ``full``, one rotation over all channels. head: also quantise the head that gives the
+    weight_bits, act_bits, group, zero_points: see LinearFormat. transform: what is done to inputs
+    before they are rounded, and undone in the weights (``transforms.Transform``). turn: of
+    ``bdq``, turn each head's values into principal directions first, offline
+    (``transforms.values``). rotation: of ``hadamard`` and ``bdq``: ``none``; ``block``, a Hadamard
+    of ``block`` channels; ``full``, one rotation over all. learning: what is learned after the
+    closed forms. head: also quantise the head that gives the
     logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
     dtype in which the tensors that are not quantised (embedding, norms) are stored. low_rank: join
     it with a low-rank decomposition of the linears in the blocks. kv_bits: of the keys and values
@@ -62,21 +96,34 @@ class Recipe:
     act_bits: int
     group: int = 0
     zero_points: bool = False
-    diagonal: bool = True
+    transform: TransformName = "bdq"
+    turn: bool = True
     rotation: Rotation = "full"
     block: int = 64
     head: bool = True
     rest_dtype: str = "bfloat16"
     low_rank: LowRank | None = None
     kv_bits: int = UNROUNDED
+    learning: Learning | None = None
 
     def __post_init__(self) -> None:
         check_kv_bits(self.kv_bits)
+        if self.transform not in TRANSFORMS:
+            raise SaltireError(
+                f"transform = {self.transform!r}; expected one of {', '.join(TRANSFORMS)}."
+            )
         if self.rotation not in ("none", "block", "full"):
             raise SaltireError(f"rotation = {self.rotation!r}; expected none, block or full.")
         self.format()  # refuses bits and groups that no kernel has
 
-    def format(self, hadamard: int = 1, left: int = 0, clip: float = 1.0) -> LinearFormat:
+    @property
+    def turns_values(self) -> bool:
+        """Whether each block's values are turned before it is quantised."""
+        return self.turn and self.transform == "bdq" and self.low_rank is None
+
+    def format(
+        self, hadamard: int = 1, left: int = 0, right: int = 0, clip: float = 1.0
+    ) -> LinearFormat:
         """The format of one layer under this recipe, with the rotation chosen for it."""
         return LinearFormat(
             weight_bits=self.weight_bits,
@@ -84,22 +131,30 @@ class Recipe:
             group=self.group,
             zero_points=self.zero_points,
             scale_dtype="float16" if self.group else "float32",
-            diag=self.diagonal,
+            diag=self.transform in ("smooth", "kronecker", "bdq"),
             hadamard=hadamard,
             left=left,
+            right=right,
             clip=clip,
         )
 
     def between_factors(self) -> Recipe:
         """How the second of two factors is quantised: what would balance and rotate its inputs, the
         ranks, is folded into both factors, so nothing is left to do when it runs."""
-        return replace(self, diagonal=False, rotation="none")
+        return replace(self, transform="none", learning=None)
 
     def head_recipe(self, inputs: int) -> Recipe:
         """How a head of so many inputs is quantised: gently, as its noise goes to the logits."""
         group = 64 if inputs % 64 == 0 else 0
         return replace(self, weight_bits=4, act_bits=8, group=group, zero_points=False)
 
+
+KRONECKER_STEPS = 100  # FlatQuant's start is a random rotation: nothing without its learning
+EFFORTS: dict[str, Learning | None] = {
+    "fast": None,
+    "normal": Learning(group_steps=0, epochs=4),
+    "best": Learning(group_steps=30, epochs=10),
+}
 
 _BASE = Recipe("w4a4", 4, 4)
 RECIPES: dict[str, Recipe] = {
@@ -110,6 +165,7 @@ RECIPES: dict[str, Recipe] = {
         replace(_BASE, name="w4a4kv4", kv_bits=4),
         replace(_BASE, name="w4a8", act_bits=8),
         replace(_BASE, name="w3a4", weight_bits=3),
+        replace(_BASE, name="w3a3", weight_bits=3, act_bits=3),
         replace(_BASE, name="w2a4", weight_bits=2),
         replace(_BASE, name="w2a4-g64", weight_bits=2, group=64),
         replace(_BASE, name="w2a8", weight_bits=2, act_bits=8),
@@ -127,11 +183,73 @@ RECIPES: dict[str, Recipe] = {
 
 
 def parse_recipe(recipe: str | Recipe) -> Recipe:
-    """A recipe by name; SaltireError names the nearest ones."""
+    """A recipe by name, or from a .yaml file; SaltireError names the nearest ones."""
     if isinstance(recipe, Recipe):
         return recipe
+    if recipe.endswith((".yaml", ".yml")):
+        return read_recipe(Path(recipe))
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(RECIPES)}."
         raise SaltireError(f"unknown recipe {recipe!r}. {hint}")
     return RECIPES[recipe]
+
+
+def with_effort(recipe: Recipe, effort: str) -> Recipe:
+    """The recipe with what an effort learns: ``fast`` closed forms only; ``normal`` and ``best``
+    also learn. SaltireError for another name."""
+    if effort not in EFFORTS:
+        raise SaltireError(f"effort = {effort!r}; expected one of {', '.join(EFFORTS)}.")
+    return replace(recipe, learning=EFFORTS[effort])
+
+
+def with_transform(recipe: Recipe, transform: str) -> Recipe:
+    """The recipe with another transform of the family; ``kronecker`` needs its learning, so it gets
+    FlatQuant's where the recipe learns nothing. SaltireError for an unknown name."""
+    if transform not in TRANSFORMS:
+        raise SaltireError(f"transform = {transform!r}; expected one of {', '.join(TRANSFORMS)}.")
+    learning = recipe.learning
+    if transform == "kronecker" and (learning is None or learning.group_steps == 0):
+        learning = replace(learning or Learning(), group_steps=KRONECKER_STEPS)
+    return replace(recipe, transform=transform, learning=learning)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a YAML file: ``base``, a known name, and fields of Recipe to change.
+
+    ``learning`` and ``low_rank`` are mappings of the fields of Learning and LowRank. Raises
+    SaltireError for a file that is missing or no mapping, and for a field by its name.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SaltireError(f"cannot read the recipe {path}: {error}".splitlines()[0]) from None
+    if not isinstance(values, dict):
+        raise SaltireError(f"{path} holds no mapping; expected lines like 'weight_bits: 4'.")
+    base = parse_recipe(str(values.pop("base", "w4a4")))
+    for name, kind in (("learning", Learning), ("low_rank", LowRank)):
+        if isinstance(values.get(name), dict):
+            values[name] = _build(kind, values[name], f"{path}, {name}")
+    return _build(Recipe, {**_fields(base), "name": path.stem, **values}, str(path))
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    return {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+
+
+def _build(kind: Callable[..., T], values: dict[Any, Any], where: str) -> T:
+    """Make a dataclass from what YAML gave; every value has its default's type."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in known:
+            raise SaltireError(f"{where}: unknown field {name!r}; known: {', '.join(known)}.")
+        default = known[name].default
+        wanted = type(default) if default is not MISSING and default is not None else None
+        if wanted is float and type(value) is int:
+            continue
+        if wanted is not None and type(value) is not wanted:
+            raise SaltireError(f"{where}: {name} = {value!r}; expected a {wanted.__name__}.")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise SaltireError(f"{where}: {error}") from None

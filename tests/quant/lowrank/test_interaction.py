@@ -13,7 +13,7 @@ from saltire.quant.lowrank.dam import apply_gauge
 from saltire.quant.lowrank.interaction import quantised_factors
 from saltire.quant.recipe import Recipe
 
-PLAIN = Recipe("plain", 4, 8, diagonal=False, rotation="none")
+PLAIN = Recipe("plain", 4, 8, transform="none")
 
 
 def decaying(N: int, K: int) -> torch.Tensor:

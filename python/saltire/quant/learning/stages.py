@@ -1,0 +1,66 @@
+"""What a recipe does to a whole model before its blocks are quantised, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from saltire.errors import SaltireError
+from saltire.models.adapters import Adapter
+from saltire.nn.linear_format import AnyFormat
+from saltire.nn.quant_linear import QuantLinear
+from saltire.processes import sum_over_all, world_size
+from saltire.quant.blocks import BlockRunner
+from saltire.quant.learning.end_to_end import Teacher, tune
+from saltire.quant.recipe import Recipe
+from saltire.quant.transforms.values import fold_turns, principal_turns
+
+
+def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None:
+    """Turn the values of a block that is not quantised yet (``transforms.values``). In place."""
+    value, output = (block.get_submodule(name) for name in (adapter.value, adapter.output))
+    assert isinstance(value, nn.Linear)
+    assert isinstance(output, nn.Linear)
+    x = runner.inputs_of(block, adapter.output)
+    if not torch.isfinite(x).all():
+        return  # what is wrong is said, by name, where the linear is quantised
+    size = int(block.get_submodule(adapter.output.rpartition(".")[0]).head_dim)  # type: ignore[arg-type]
+    share = output.in_features // value.out_features
+    fold_turns(value, output, principal_turns(sum_over_all(x.T @ x), output.weight, size, share))
+
+
+def prepare(
+    model: PreTrainedModel, adapter: Adapter, tokens: Tensor, recipe: Recipe, seed: int
+) -> Callable[[], dict[str, AnyFormat]]:
+    """Ask the teacher; returns what to call once the blocks are quantised, to learn end to end,
+    which gives the formats that it has changed.
+
+    Does nothing, and returns what does nothing, for a recipe without that step. tokens: int64
+    [samples, T]. Raises SaltireError where several processes would each learn something else.
+    """
+    learning = recipe.learning
+    if learning is not None and world_size() > 1:
+        raise SaltireError(
+            "learning runs in one process. Leave out torchrun, or use --effort fast."
+        )
+    if learning is None or learning.epochs == 0:
+        return dict
+    teacher = Teacher.of(model, adapter, tokens)
+
+    def finish() -> dict[str, AnyFormat]:
+        tune(
+            model,
+            adapter,
+            teacher,
+            epochs=learning.epochs,
+            rate=learning.rate,
+            loss=learning.loss,
+            seed=seed,
+        )
+        layers = {name: model.get_submodule(name) for name in adapter.linear_names(model)}
+        return {name: m.format for name, m in layers.items() if isinstance(m, QuantLinear)}
+
+    return finish

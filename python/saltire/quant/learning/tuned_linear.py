@@ -1,0 +1,184 @@
+"""A quantised linear whose scales, diagonal and bias can be learned, run by the integer kernels.
+
+The codes stay what they are, so what is learned costs nothing when the model runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saltire import ops
+from saltire.nn.linear_format import SCALE_DTYPES
+from saltire.nn.quant_linear import QuantLinear
+from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
+
+
+class TunedInput(nn.Module):
+    """Transforms and rounds what linears of a group share; learns log D.
+
+    Gives (codes, scale, sums) and x̂, float32 [M, K], through which gradients return to x and D.
+    """
+
+    def __init__(self, like: QuantLinear) -> None:
+        super().__init__()
+        self.format, self.left, self.right = like.format, like.left, like.right
+        diag = torch.ones(like.in_features) if like.diag is None else like.diag
+        self.log_diag = nn.Parameter(diag.log(), requires_grad=like.diag is not None)
+        self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        rounded = _RoundInput.apply(x.flatten(0, -2), self.log_diag.exp(), self)
+        self._last = (x, rounded)
+        return rounded
+
+    def forget(self) -> None:
+        """Let go of the last input; to be called between steps."""
+        self._last = None
+
+
+class _RoundInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, diag: Tensor, how: TunedInput) -> tuple[Tensor, ...]:
+        f = how.format
+        codes, scale, sums = ops.transform_quantize(
+            x,
+            f.act_bits,
+            diag=diag,
+            hadamard=f.hadamard,
+            left=how.left,
+            right=how.right,
+            clip=f.clip,
+            sum_group=f.group,
+        )
+        ctx.save_for_backward(x, diag, scale)
+        ctx.how = how
+        ctx.mark_non_differentiable(codes, scale, sums)
+        return codes.float().mul_(scale[:, None]), codes, scale, sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, diag, scale = ctx.saved_tensors
+        how: TunedInput = ctx.how
+        f = how.format
+        y = ops.transform(x, diag=diag, hadamard=f.hadamard, left=how.left, right=how.right)
+        # A clipped value does not move its code; the scale is taken as given.
+        top = scale * (2 ** (f.act_bits - 1) - 0.5)
+        dy = torch.where(y.abs() <= top[:, None], gradients[0], 0.0)
+        left, right = (None if m is None else m.T.contiguous() for m in (how.left, how.right))
+        dz = ops.transform(dy, hadamard=f.hadamard, left=left, right=right)
+        d_diag = (dz * x).sum(0) if ctx.needs_input_grad[1] else None
+        return dz * diag, d_diag, None
+
+
+class TunedLinear(nn.Module):
+    """``y = x̂ · (scale ∘ (codes - zero))ᵀ + bias``; learns log of the scales, and the bias.
+
+    Backward passes run on the integer kernels too where a scale spans a whole row: the gradient of
+    the outputs, times the scales, is rounded to 8 bits a token and multiplied by the codes.
+    """
+
+    def __init__(self, like: QuantLinear, shared: TunedInput, learn_bias: bool) -> None:
+        super().__init__()
+        packed, scale, zero = like.checkpoint_weight()
+        self.format = like.format
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.shared, self.packed, self.zero = shared, packed, zero
+        self.scale_dtype = scale.dtype
+        self.log_scale = nn.Parameter(scale.float().log())
+        bias = like.bias
+        self.bias = nn.Parameter(
+            torch.zeros(like.out_features) if bias is None else bias.clone(),
+            requires_grad=learn_bias,
+        )
+        self.has_bias = learn_bias or bias is not None
+        self._transposed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded, codes, scale, sums = self.shared(x)
+        y = _Product.apply(rounded, self.log_scale.exp(), (codes, scale, sums), self)
+        if self.has_bias:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def centred(self) -> Tensor:
+        """codes - zero: float32 [N, K]."""
+        f = self.format
+        codes = ops.unpack_weight(self.packed, f.weight_bits).float()
+        if self.zero is None:
+            return codes.sub_(SYMMETRIC_ZERO[f.weight_bits])
+        zero = self.zero.float()[..., None]
+        return (codes.view(*zero.shape[:-1], -1) - zero).view_as(codes)
+
+    def transposed(self) -> Tensor:
+        """The codes as a weight from outputs to inputs, with scales of one, for the kernels."""
+        if self._transposed is None:
+            codes = ops.unpack_weight(self.packed, self.format.weight_bits).T.contiguous()
+            packed = ops.pack_weight(codes, self.format.weight_bits)
+            ones = torch.ones(self.in_features, 1)
+            self._transposed = ops.prepack_weight(packed, ones, None, self.format.weight_bits, 0)
+        return self._transposed
+
+    def result(self) -> QuantLinear:
+        """The quantised linear with what was learned, rounded to what is stored."""
+        format = replace(self.format, bias=self.has_bias)
+        new = QuantLinear(self.in_features, self.out_features, format, bias=self.has_bias)
+        new.weight_packed, new.weight_zero = self.packed, self.zero
+        new.weight_scale = self.log_scale.detach().exp().to(self.scale_dtype)
+        new.diag = self.shared.log_diag.detach().exp() if format.diag else None
+        new.left, new.right = (
+            None if m is None else m.clone() for m in (self.shared.left, self.shared.right)
+        )
+        new.bias = self.bias.detach().clone() if self.has_bias else None
+        return new
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rounded: Tensor, scale: Tensor, tokens: tuple[Tensor, ...], layer: TunedLinear
+    ) -> Tensor:
+        codes, x_scale, sums = tokens
+        ctx.save_for_backward(codes, x_scale, sums, scale)
+        ctx.layer = layer
+        return _multiply(layer, codes, x_scale, sums, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, x_scale, sums, scale = ctx.saved_tensors
+        layer: TunedLinear = ctx.layer
+        dy = gradients[0].contiguous()
+        G = scale.shape[1]
+        if G == 1 and layer.zero is None and layer.out_features % 32 == 0:
+            y = _multiply(layer, codes, x_scale, sums, scale)
+            d_scale = ((dy * y).sum(0) / scale[:, 0])[:, None]
+            back = ops.transform_quantize(dy * scale[:, 0], 8)
+            dx = ops.lowbit_gemm(
+                *back, layer.transposed(), layer.in_features, layer.format.weight_bits, 0,
+                act_bits=8, out_dtype=torch.float32,
+            )  # fmt: skip
+            return dx, d_scale, None, None
+        centred = layer.centred()
+        grouped = centred.view(layer.out_features, G, -1)
+        d_weight = dy.T @ (codes.float().mul_(x_scale[:, None]))
+        d_scale = (d_weight.view_as(grouped) * grouped).sum(-1)
+        dx = dy @ (grouped * scale[..., None]).view_as(centred)
+        return dx, d_scale, None, None
+
+
+def _multiply(
+    layer: TunedLinear, codes: Tensor, x_scale: Tensor, sums: Tensor, scale: Tensor
+) -> Tensor:
+    f = layer.format
+    weight = ops.prepack_weight(
+        layer.packed, scale.to(SCALE_DTYPES[f.scale_dtype]), layer.zero, f.weight_bits, f.group
+    )
+    return ops.lowbit_gemm(
+        codes, x_scale, sums, weight, layer.out_features, f.weight_bits, f.group,
+        act_bits=f.act_bits, out_dtype=torch.float32,
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""What is learned lessens error on text that was held out, and never changes a code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from saltire.errors import SaltireError
+from saltire.models.adapters import adapter_for
+from saltire.nn.quant_linear import QuantLinear
+from saltire.quant import RECIPES, quantize
+from saltire.quant.learning.end_to_end import Teacher, tune
+from saltire.quant.learning.group import Rounding, learn_transform
+from saltire.quant.learning.losses import LOSSES, token_loss
+from saltire.quant.learning.straight_through import round_tokens
+from saltire.quant.learning.tuned_linear import TunedInput, TunedLinear
+from saltire.quant.recipe import EFFORTS, Learning, parse_recipe, with_effort
+from saltire.quant.transforms import starting_transform
+from saltire.reference.transform_quantize import quantize as round_reference
+from tests.tiny import random_tokens, tiny_model
+
+W4A4 = RECIPES["w4a4"]
+
+
+def _uneven(tokens: int = 640, K: int = 64, N: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    mix = torch.randn(K, K) / K**0.5
+    return (torch.randn(tokens, K) * torch.randn(K).exp()) @ mix, torch.randn(N, K) * 0.1
+
+
+@pytest.mark.parametrize("name", ["kronecker", "bdq"])
+def test_learning_lessens_the_held_out_error(name) -> None:
+    x, w = _uneven()
+    start = starting_transform(x, w, replace(W4A4, transform=name))
+    learned = learn_transform(
+        x, w, start, Rounding(4, 4, 0), steps=60, rate=1e-2, orthogonal=name != "kronecker"
+    )
+    assert min(learned.losses) < 0.97 * learned.losses[0]
+    assert 0 < learned.clip <= 1
+    torch.testing.assert_close(
+        learned.transform.inputs(x) @ learned.transform.weights(w).T, x @ w.T, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_learned_rotations_stay_rotations() -> None:
+    x, w = _uneven(K=96)
+    start = starting_transform(x, w, W4A4)
+    learned = learn_transform(
+        x, w, start, Rounding(4, 4, 0), steps=20, rate=1e-2, orthogonal=True
+    ).transform
+    assert learned.left is not None
+    assert start.left is not None
+    assert not torch.allclose(learned.left, start.left)
+    torch.testing.assert_close(learned.left.T @ learned.left, torch.eye(3), rtol=0, atol=1e-5)
+
+
+def test_learning_that_only_harms_returns_the_start() -> None:
+    x, w = _uneven()
+    start = starting_transform(x, w, W4A4)
+    learned = learn_transform(x, w, start, Rounding(4, 4, 0), steps=200, rate=3.0, orthogonal=True)
+    assert learned.transform is start
+    assert len(learned.losses) < 200 // 10  # it stopped early
+
+
+def test_straight_through_rounds_as_the_kernel_does() -> None:
+    y = torch.randn(9, 64)
+    codes, scale, _ = round_reference(y, 4, 0.8)
+    torch.testing.assert_close(round_tokens(y, 4, 0.8), codes.float() * scale[:, None])
+
+
+def test_losses_are_least_at_the_teacher_except_the_printed_one() -> None:
+    teacher = torch.randn(16, 32)
+    for loss in LOSSES:
+        student = teacher.clone().requires_grad_()
+        value = token_loss(student, teacher, loss)
+        (gradient,) = torch.autograd.grad(value, student)
+        at_rest = gradient.norm() < 1e-5
+        assert at_rest == (not loss.startswith("rce")), loss
+    at_teacher = {loss: token_loss(teacher, teacher, loss) for loss in LOSSES}
+    torch.testing.assert_close(at_teacher["rce"] + at_teacher["rce-printed"], 2 * at_teacher["ce"])
+    assert at_teacher["kl"] < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 0), (3, 0), (2, 32)])
+def test_gradients_through_the_kernels_are_those_of_the_dense_product(bits, group) -> None:
+    model = tiny_model("llama")
+    recipe = replace(W4A4, weight_bits=bits, group=group, head=False)
+    quantize(model, None, recipe, random_tokens(model, 4, 64))
+    layer = model.get_submodule("model.layers.0.mlp.gate_proj")
+    tuned = TunedLinear(layer, TunedInput(layer), learn_bias=True)
+    x = torch.randn(40, 64)
+    y = tuned(x)
+    torch.testing.assert_close(y.detach(), layer(x).detach(), rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+
+    rounded = tuned.shared(x)[0]
+    levels = tuned.log_scale.detach().exp().requires_grad_()
+    centred = tuned.centred().view(*levels.shape, -1)
+    dense = rounded.detach() @ (centred * levels[..., None]).flatten(1).T
+    dense.backward(dy)
+    torch.testing.assert_close(
+        tuned.log_scale.grad, levels.grad * levels.detach(), rtol=2e-3, atol=2e-3
+    )
+    torch.testing.assert_close(tuned.bias.grad, dy.sum(0))
+    assert tuned.shared.log_diag.grad.norm() > 0
+
+
+def test_the_end_to_end_step_brings_the_model_nearer_to_its_teacher_and_keeps_codes() -> None:
+    model = tiny_model("qwen2")
+    tokens = random_tokens(model, 16, 64)
+    adapter = adapter_for(model.config)
+    teacher = Teacher.of(model, adapter, tokens)
+    quantize(model, None, replace(RECIPES["w2a4"], head=False), tokens)
+    name = "model.layers.1.mlp.down_proj"
+    before = model.get_submodule(name).checkpoint_weight()[0].clone()
+    losses = tune(model, adapter, teacher, epochs=4, rate=5e-3).losses
+    assert min(losses) < 0.9 * losses[0]
+    after = model.get_submodule(name)
+    assert isinstance(after, QuantLinear)
+    assert torch.equal(after.checkpoint_weight()[0], before)
+    assert after.bias is not None
+
+
+def test_an_end_to_end_step_that_harms_is_undone() -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 8, 64)
+    adapter = adapter_for(model.config)
+    teacher = Teacher.of(model, adapter, tokens)
+    quantize(model, None, replace(W4A4, head=False), tokens)
+    want = model(tokens).logits
+    losses = tune(model, adapter, teacher, epochs=5, rate=2.0).losses
+    assert len(losses) < 6  # it stopped early
+    torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_checkpoint_loads_to_the_same_logits(tmp_path) -> None:
+    from saltire.models.loading import load_model
+    from saltire.models.saving import save_checkpoint
+    from tests.tiny import tiny_tokenizer
+
+    model, tokenizer = tiny_model("llama", vocab_size=259), tiny_tokenizer()
+    recipe = replace(W4A4, learning=Learning(group_steps=10, epochs=1))
+    tokens = random_tokens(model, 8, 64)
+    quantize(model, tokenizer, recipe, tokens)
+    save_checkpoint(model, tokenizer, tmp_path / "q")
+    loaded, _ = load_model(str(tmp_path / "q"))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("transform", ["smooth", "kronecker", "bdq"])
+def test_fewer_tokens_than_channels_still_learn(transform) -> None:
+    model = tiny_model("llama")
+    recipe = replace(W4A4, transform=transform, learning=Learning(group_steps=10, epochs=1))
+    quantize(model, None, recipe, random_tokens(model, 2, 8))
+    assert model(random_tokens(model, 1, 8)).logits.isfinite().all()
+
+
+def test_efforts_and_recipes_by_file(tmp_path) -> None:
+    assert with_effort(W4A4, "fast").learning is None
+    assert with_effort(W4A4, "normal").learning == EFFORTS["normal"]
+    with pytest.raises(SaltireError, match="expected one of fast, normal, best"):
+        with_effort(W4A4, "some")
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: w2a4-g64\ntransform: hadamard\nlearning: {epochs: 2, loss: rce}\n")
+    recipe = parse_recipe(str(path))
+    assert (recipe.name, recipe.weight_bits, recipe.group) == ("mine", 2, 64)
+    assert recipe.transform == "hadamard"
+    assert (recipe.learning.epochs, recipe.learning.loss) == (2, "rce")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weight_bitz: 4", "unknown field 'weight_bitz'"),
+        ("weight_bits: four", "weight_bits"),
+        ("learning: {epochs: 1.5}", "epochs = 1.5; expected a int"),
+        ("transform: magic", "transform = 'magic'"),
+        ("- 4", "holds no mapping"),
+        ("a: [", "cannot read the recipe"),
+        ("!!python/object/apply:os.system ['true']", "cannot read the recipe"),
+    ],
+)
+def test_a_bad_recipe_file_is_refused_by_field(tmp_path, text, message) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SaltireError, match=message):
+        parse_recipe(str(path))
