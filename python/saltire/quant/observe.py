@@ -45,8 +45,9 @@ class MatrixView:
 @dataclass(frozen=True)
 class LinearView:
     """One linear before and after. error: ‖y − ŷ∘s‖ / ‖y‖ of its outputs on the same text, s the
-    best scale of each output channel, as a transform may have scaled it. weight_bits, act_bits:
-    what it got; 0 where it is not a plain quantised layer."""
+    best scale of each output channel, as a transform may have scaled it; of values, which may also
+    have been turned, the best linear map of each head. weight_bits, act_bits: what it got; 0 where
+    it is not a plain quantised layer."""
 
     block: int
     name: str
@@ -89,6 +90,7 @@ class Views:
     def after(self, index: int, block: nn.Module, runner: BlockRunner) -> None:
         linears = {name: block.get_submodule(name) for name in self._weights}
         now = _look(block, linears, runner)
+        head_dim = int(getattr(block.get_submodule("self_attn"), "head_dim"))  # noqa: B009
         for name, linear in linears.items():
             x, y = self._before.inputs[name], self._before.outputs[name]
             first = linear.down if isinstance(linear, FactoredQuantLinear) else linear
@@ -104,7 +106,7 @@ class Views:
                     index,
                     name,
                     *bits,
-                    _error(y, now.outputs[name]),
+                    _error(y, now.outputs[name], head_dim if name.endswith("v_proj") else 1),
                     (weight, seen_weight),
                     (activation, seen_x),
                 )
@@ -143,6 +145,11 @@ def _transformed(layer: QuantLinear, x: Tensor) -> Tensor:
     )
 
 
-def _error(y: Tensor, other: Tensor) -> float:
-    scale = (y * other).sum(0) / other.square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return float((y - other * scale).norm() / y.norm().clamp_min(torch.finfo(torch.float32).tiny))
+def _error(y: Tensor, other: Tensor, width: int) -> float:
+    """What is left of y once ``width`` outputs at a time are mapped onto it as well as can be."""
+    y, other = (t.unflatten(-1, (-1, width)).transpose(0, 1).double() for t in (y, other))
+    gram = other.mT @ other
+    ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float64).tiny
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    best = torch.linalg.solve(gram, other.mT @ y)
+    return float((y - other @ best).norm() / y.norm().clamp_min(torch.finfo(torch.float64).tiny))

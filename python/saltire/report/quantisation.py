@@ -151,7 +151,7 @@ def _table(linears: Sequence[LinearView]) -> str:
     )
     rows, last = [], -1
     for view in linears:
-        first = ' class="first"' if view.block != last else ""
+        first = " first" if view.block != last else ""
         label = str(view.block) if view.block != last else ""
         last = view.block
         bits = f"W{view.weight_bits}A{view.act_bits}" if view.weight_bits else "–"
@@ -171,7 +171,7 @@ def _table(linears: Sequence[LinearView]) -> str:
         rows.append(
             "<tr>"
             + "".join(
-                f"<td{first if n != 1 else first.replace('first', 'name first')}>{cell}</td>"
+                f'<td class="{"name" if n == 1 else "value"}{first}">{cell}</td>'
                 for n, cell in enumerate(cells)
             )
             + "</tr>"
