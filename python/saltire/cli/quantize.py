@@ -33,6 +33,10 @@ def quantize(
     kv_bits: int | None = typer.Option(
         None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
     ),
+    bits_per_weight: float = typer.Option(
+        0.0, help="deal out 2 and 4 bits to the layers, so many on average (scales counted)"
+    ),
+    budget_mb: float = typer.Option(0.0, help="the same, for so many MB of weights in all"),
     report: bool = typer.Option(
         False,
         "--report",
@@ -62,6 +66,8 @@ def quantize(
         chosen = with_transform(chosen, transform)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
+    if bits_per_weight or budget_mb:
+        chosen = replace(chosen, bits_per_weight=bits_per_weight, budget_mb=budget_mb)
     processes.start_if_launched()
     start = time.perf_counter()
     job = Job(

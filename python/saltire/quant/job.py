@@ -125,6 +125,10 @@ def _streamed(job: Job, observer: Observer | None) -> int:
         raise SaltireError(
             "learning end to end needs the whole model in memory. Use --effort fast with --stream."
         )
+    if job.recipe.mixed:
+        raise SaltireError(
+            "a budget is dealt out over the whole model; it cannot stream. Leave out --stream."
+        )
     model, tokenizer, weights = open_streamed(Path(job.model).expanduser())
     if job.calibration == "self":
         raise SaltireError(

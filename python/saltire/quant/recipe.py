@@ -88,7 +88,9 @@ class Recipe:
     logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
     dtype in which the tensors that are not quantised (embedding, norms) are stored. low_rank: join
     it with a low-rank decomposition of the linears in the blocks. kv_bits: of the keys and values
-    that the model keeps: 8, 4 or 2, or 16 for as they come.
+    that the model keeps: 8, 4 or 2, or 16 for as they come. bits_per_weight: deal out 2 and 4 bits
+    to the linears of the blocks within so many on average, scales counted; budget_mb: within so
+    many megabytes of all weights (``mixed``); 0: all alike.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Recipe:
     rest_dtype: str = "bfloat16"
     low_rank: LowRank | None = None
     kv_bits: int = UNROUNDED
+    bits_per_weight: float = 0.0
+    budget_mb: float = 0.0
     learning: Learning | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +115,15 @@ class Recipe:
         if self.transform not in TRANSFORMS:
             raise SaltireError(
                 f"transform = {self.transform!r}; expected one of {', '.join(TRANSFORMS)}."
+            )
+        if self.mixed and (
+            min(self.bits_per_weight, self.budget_mb) < 0
+            or (self.bits_per_weight and self.budget_mb)
+            or self.low_rank is not None
+        ):
+            raise SaltireError(
+                f"bits_per_weight = {self.bits_per_weight}, budget_mb = {self.budget_mb}; expected "
+                "one of them, above 0, and no low rank, which has a budget of its own."
             )
         if self.rotation not in ("none", "block", "full"):
             raise SaltireError(f"rotation = {self.rotation!r}; expected none, block or full.")
@@ -120,6 +133,11 @@ class Recipe:
     def turns_values(self) -> bool:
         """Whether each block's values are turned before it is quantised."""
         return self.turn and self.transform == "bdq" and self.low_rank is None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits are dealt out of a budget."""
+        return bool(self.bits_per_weight or self.budget_mb)
 
     def format(
         self, hadamard: int = 1, left: int = 0, right: int = 0, clip: float = 1.0

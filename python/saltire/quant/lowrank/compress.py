@@ -1,4 +1,4 @@
-"""Which way the linears of a model go: plain quantisation, two factors, or a residual branch."""
+"""Which way the linears of a model go: alike, by a budget, two factors, or a residual branch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from saltire.quant.layer import quantize_group
 from saltire.quant.lowrank.budget import allocate, branch_ranks, spectra
 from saltire.quant.lowrank.factored import factor_group
 from saltire.quant.lowrank.residual import residual_group
+from saltire.quant.mixed import mixed_recipes
 from saltire.quant.recipe import Recipe
 
 # (block, its path, names of linears that share an input, that input) -> name -> new layer
@@ -43,6 +44,11 @@ def group_method(
     Raises SaltireError for a budget that cannot be met, before anything is changed.
     """
     settings = recipe.low_rank
+    if recipe.mixed:
+        recipes = mixed_recipes(model, adapter, tokens, batch, recipe)
+        return lambda block, path, names, x: quantize_group(
+            block, names, x, recipes[f"{path}.{names[0]}"]
+        )
     if settings is None:
         return lambda block, path, names, x: quantize_group(block, names, x, recipe)
     layers = spectra(model, adapter, tokens, batch)
