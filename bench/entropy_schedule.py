@@ -55,7 +55,7 @@ def config(arm: str, seed: int, steps: int, out: Path, actuator: str) -> Any:
                 "kind": "countdown", "rows": 4000, "held_out": 128, "numbers": 3, "terse": True,
                 "seed": seed,
             },
-            "rollout": {"prompts": 16, "samples": 8, "max_new_tokens": 10, "batch": 128},
+            "rollout": {"prompts": 16, "samples": 8, "max_new_tokens": 10, "batch": 1024},
             "update": {
                 "learning_rate": 1e-4, "minibatches": 4, "micro_batch": 64, "algorithm": "dapo",
             },
@@ -65,7 +65,7 @@ def config(arm: str, seed: int, steps: int, out: Path, actuator: str) -> Any:
                 "actuator": {"name": actuator, **bounds},
             },
             "evaluation": {
-                "every": 0, "prompts": 128, "samples": 64, "ks": [1, 4, 16, LARGEST_K],
+                "every": 0, "prompts": 64, "samples": 64, "ks": [1, 4, 16, LARGEST_K],
             },
             "checkpoint": {"every": 0},
         },
@@ -76,24 +76,12 @@ def warm_start(seed: int, steps: int, folder: Path) -> None:
     """Teach a fresh model from solutions and save it."""
     import torch
 
-    from saltire.rl.policy import Policy
-    from saltire.rl.prompts import Codec
-    from saltire.rl.scratch import character_tokenizer, small_model, supervise
+    from saltire.rl.scratch import taught_model
     from saltire.rl.tasks import countdown
 
     torch.set_num_threads(1)
-    tokenizer = character_tokenizer()
-    model = small_model(len(tokenizer), hidden=64, layers=2, seed=seed)
-    task = countdown(4000, 3, 9, seed=seed, terse=True)
-    codec = Codec(tokenizer)
-    rows = task.rows[:-128]
-    supervise(
-        Policy(model),
-        [codec.encode(task.prompt(row)) for row in rows],
-        [[*tokenizer.encode(row["solution"], add_special_tokens=False), 2] for row in rows],
-        steps=steps,
-        seed=seed,
-    )
+    task, _ = countdown(4000, 3, 9, seed=seed, terse=True).split(128)
+    model, _ = taught_model(task, steps=steps, seed=seed)
     model.save_pretrained(folder)
 
 
@@ -115,7 +103,7 @@ def train(job: tuple[str, int, int, int, str, str]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     out = Path(root) / arm / f"seed-{seed}"
     trainer = make_trainer(config(arm, seed, steps, out, actuator), model, character_tokenizer())
-    before = trainer.evaluate()
+    before = trainer.evaluate() if arm == "no_control" else {}
     records = trainer.run()
     return {
         "arm": arm,

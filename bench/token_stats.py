@@ -177,7 +177,7 @@ def extra_memory() -> float:
 def near_collapse_error() -> float:
     torch.manual_seed(0)
     logits = torch.randn(64, V)
-    logits[:, 7] = 26.0
+    logits[:, 7] = 23.7  # 4e-6 of the mass is elsewhere, at 25 nats: H = 1e-4
     logits += 300
     exact = logits.double().log_softmax(dim=-1)
     want = -(exact.exp() * exact).sum(dim=-1)

@@ -22,6 +22,9 @@ struct Plan {
 };
 
 constexpr int64_t kTileBytes = 512 << 10;  // half of a common L2
+// Each group reads and writes its tile of dW once, from L3, and column by column at that; 256
+// tokens of products hide it. Their dx for a tile of 96 rows is 98 KB.
+constexpr int64_t kGroupTokens = 256;
 constexpr int64_t kChunkBytes = 24 << 20;  // all threads' partial dh together
 
 inline Plan make_plan(int64_t M, int64_t D, int64_t V, int64_t threads, const Kernels& k) {
@@ -30,7 +33,7 @@ inline Plan make_plan(int64_t M, int64_t D, int64_t V, int64_t threads, const Ke
   plan.tile = std::clamp(rows, 4 * k.rows, 16 * k.rows);
   plan.tiles = (V + plan.tile - 1) / plan.tile;
   plan.parts = std::max<int64_t>(1, std::min(threads, plan.tiles));
-  plan.group = 4 * k.strip;
+  plan.group = std::max<int64_t>(1, kGroupTokens / k.strip) * k.strip;
   const int64_t fits = kChunkBytes / (4 * std::max<int64_t>(D, 1) * plan.parts);
   plan.chunk = std::max<int64_t>(1, fits / plan.group) * plan.group;
   plan.chunk = std::min(plan.chunk, round_up(std::max<int64_t>(M, 1), plan.group));

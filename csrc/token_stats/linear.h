@@ -4,8 +4,8 @@
 // across lanes, and dx comes out as the very operand that both backward products read:
 //
 //   z [vocabulary][token] = W·hᵀ        rows of W packed R at a time, tokens packed S at a time
-//   dhᵀ[d][token]        += Wᵀ·dx       W plain: R neighbours of a row are R rows of Wᵀ
-//   dW [vocabulary][d]   += dx·h        h plain
+//   dhᵀ[d][token]        += Wᵀ·dx       the same packed W: R columns by R rows are one run of it
+//   dW [vocabulary][d]   += dx·h        h in panels of S columns
 //
 // One loop serves all three: R·2 registers of sums, one broadcast and two products a row and step.
 // D = 576: a tile of 192 rows is 442 KB and a strip of 32 tokens 74 KB, both in L2; z is 24 KB.
@@ -26,6 +26,7 @@ struct Linear {
   using Math = VectorMath<V>;
   static constexpr int64_t W = V::width, S = 2 * W;
   static constexpr int R = V::rows;
+  static constexpr int64_t kStripBytes = 20 << 10;  // of 32 KB of L1
 
   // A and B of C[i][0..S) (+)= Σ a[i·AI + k·a_step]·b[k·b_step + 0..S), k in `outer` runs of
   // `inner` steps, a run a_run and b_run floats after the one before.
@@ -89,23 +90,26 @@ struct Linear {
     }
   }
 
-  static void pack_head(const void* head, Dtype dtype, int64_t count, int64_t D, float* packed,
-                        float* plain) {
+  static void pack_head(const void* head, Dtype dtype, int64_t count, int64_t D, float* packed) {
     for (int64_t v = 0; v < round_up(count, R); ++v) {
       float* out = packed + v / R * R * D + v % R;
       for (int64_t d = 0; d < D; ++d) {
         out[d * R] = v < count ? load_one(head, v * D + d, dtype) : 0.0f;
       }
-      if (plain != nullptr && v < count) {
-        for (int64_t d = 0; d < D; ++d) plain[v * D + d] = out[d * R];
-      }
     }
   }
 
+  // In runs of D whose part of the strip stays in L1 beside the rows: each group of R rows reads
+  // all of it again, which from L2 costs a quarter of the speed. The order of the sums is the same.
   static inline void logits_of_strip(const HeadTile& tile, const float* strip, int64_t D,
                                      float* z) {
-    for (int64_t v = 0; v < tile.count; v += R) {
-      multiply<R, 1>({tile.packed + v * D, R, 0, strip, S, 0, 1, D}, z + v * S, S, false);
+    const int64_t runs = (D * S * 4 + kStripBytes - 1) / kStripBytes, depth = (D + runs - 1) / runs;
+    for (int64_t d = 0; d < D; d += depth) {
+      for (int64_t v = 0; v < tile.count; v += R) {
+        multiply<R, 1>(
+            {tile.packed + v * D + d * R, R, 0, strip + d * S, S, 0, 1, std::min(depth, D - d)},
+            z + v * S, S, d > 0);
+      }
     }
   }
 
@@ -223,8 +227,8 @@ struct Linear {
     for (int64_t d = 0; d < D; d += S) {
       for (int64_t v = 0; v < tile.count; v += R) {
         const int64_t rows = std::min<int64_t>(R, tile.count - v);
-        const Operands o{dx + v * S,        1,      dx_strip, tokens.plain + d, tokens.stride,
-                         S * tokens.stride, strips, S};
+        const Operands o{dx + v * S, 1,     dx_strip, tokens.panels + d / S * tokens.panel,
+                         S,          S * S, strips,   S};
         float* c = out.head + v * D + d;
         if (d + S <= D) {
           multiply_rows<S>(rows, o, c, D, !out.head_is_new);
@@ -253,9 +257,10 @@ struct Linear {
                        std::min(W, tokens.count - first));
       }
       for (int64_t d = 0; out.hidden != nullptr && d < D; d += R) {
-        multiply_rows<1>(std::min<int64_t>(R, D - d),
-                         {tile.plain + d, tile.stride, 0, dx, S, 0, 1, tile.count},
-                         out.hidden + t * D + d * S, S, true);
+        multiply_rows<R>(
+            std::min<int64_t>(R, D - d),
+            {tile.packed + d * R, 1, R * D, dx, S, R * S, round_up(tile.count, R) / R, R},
+            out.hidden + t * D + d * S, S, true);
       }
       for (int64_t v = 0; out.bias != nullptr && v < tile.count; ++v) {
         out.bias[v] += V::sum(V::add(V::load(dx + v * S), V::load(dx + v * S + W)));

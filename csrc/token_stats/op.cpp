@@ -154,7 +154,6 @@ struct Problem {
     plan = make_plan(M, D, V, thread_count(), k);
   }
 
-  int64_t stride() const { return round_up(D, k.strip); }
   int64_t tile_rows() const { return round_up(plan.tile, k.rows); }
 
   const void* head_row(int64_t v) const {
@@ -162,19 +161,25 @@ struct Problem {
            v * D * static_cast<int64_t>(head.element_size());
   }
 
-  // Tokens [start, start + count) as rows of f32 with a padded stride, and as packed strips.
-  void load_tokens(int64_t start, int64_t count, float* plain, float* packed) const {
-    const int64_t strips = round_up(count, k.strip) / k.strip;
-    parallel_for(strips, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t t0 = s * k.strip, n = std::min(k.strip, count - t0);
-        for (int64_t t = t0; t < t0 + k.strip; ++t) {
-          float* to = plain + t * stride();
-          for (int64_t d = 0; d < stride(); ++d) {
-            to[d] = t < count && d < D ? one(hidden, hidden_dtype, (start + t) * D + d) : 0.0f;
+  int64_t panels() const { return round_up(D, k.strip) / k.strip; }
+  int64_t panel() const { return plan.chunk * k.strip; }
+
+  // Tokens [start, start + count) as panels and as packed strips, both padded with zeros.
+  void load_tokens(int64_t start, int64_t count, float* to_panels, float* packed) const {
+    const int64_t S = k.strip, stride = panels() * S;
+    parallel_for(round_up(count, S) / S, 1, [&](int64_t begin, int64_t end) {
+      const Floats rows = new_floats(S * stride);
+      for (int64_t t0 = begin * S; t0 < end * S; t0 += S) {
+        for (int64_t t = t0; t < t0 + S; ++t) {
+          float* row = rows.get() + (t - t0) * stride;
+          for (int64_t d = 0; d < stride; ++d) {
+            row[d] = t < count && d < D ? one(hidden, hidden_dtype, (start + t) * D + d) : 0.0f;
+          }
+          for (int64_t d = 0; d < stride; d += S) {
+            std::memcpy(to_panels + d / S * panel() + t * S, row + d, static_cast<size_t>(S) * 4);
           }
         }
-        k.pack_tokens(plain + t0 * stride(), stride(), n, D, packed + t0 * D);
+        k.pack_tokens(rows.get(), stride, std::min(S, count - t0), D, packed + t0 * D);
       }
     });
   }
@@ -185,15 +190,11 @@ struct Problem {
     return dtype == Dtype::f16 ? f16_to_f32(half) : bf16_to_f32(half);
   }
 
-  // Tile `index` of the head; `plain` is written only where the head itself is not f32.
-  HeadTile load_tile(int64_t index, float* packed, float* plain) const {
+  // Tile `index` of the head, packed.
+  HeadTile load_tile(int64_t index, float* packed) const {
     const int64_t v = index * plan.tile, n = std::min(plan.tile, V - v);
-    const bool direct = head_dtype == Dtype::f32;
-    k.pack_head(head_row(v), head_dtype, n, D, packed, direct ? nullptr : plain);
-    return {v,      n,
-            packed, direct ? static_cast<const float*>(head_row(v)) : plain,
-            D,      bias != nullptr ? bias + v : nullptr,
-            softcap};
+    k.pack_head(head_row(v), head_dtype, n, D, packed);
+    return {v, n, packed, bias != nullptr ? bias + v : nullptr, softcap};
   }
 };
 
@@ -206,19 +207,19 @@ Stats linear_token_stats_cpu(Tensor hidden, Tensor head, Maybe bias, Maybe label
       make_tokens(kOp, p.M, p.V, labels, temperature, {ignore_index, first, vocabulary});
   const Plan& plan = p.plan;
   std::vector<State> states(tokens.size());
-  const Floats plain = new_floats(plan.chunk * p.stride());
+  const Floats panels = new_floats(p.panels() * p.panel());
   const Floats packed = new_floats(plan.chunk * p.D);
   for (int64_t start = 0; start < p.M; start += plan.chunk) {
     const int64_t count = std::min(plan.chunk, p.M - start);
-    p.load_tokens(start, count, plain.get(), packed.get());
-    const Tokens chunk{count, p.D, packed.get(), plain.get(), p.stride(), tokens.data() + start};
+    p.load_tokens(start, count, panels.get(), packed.get());
+    const Tokens chunk{count, p.D, packed.get(), panels.get(), p.panel(), tokens.data() + start};
     std::vector<State> parts(static_cast<size_t>(plan.parts * count));
     parallel_for(plan.parts, 1, [&](int64_t begin, int64_t end) {
       const Floats tile_packed = new_floats(p.tile_rows() * p.D);
       const Floats z = new_floats(p.tile_rows() * p.k.strip);
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t i = plan.first_tile(part); i < plan.first_tile(part + 1); ++i) {
-          const HeadTile tile = p.load_tile(i, tile_packed.get(), nullptr);
+          const HeadTile tile = p.load_tile(i, tile_packed.get());
           p.k.forward_tile(tile, chunk, z.get(), parts.data() + part * count);
         }
       }
@@ -269,26 +270,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_stats_backward_cpu(
   if (wants_bias) std::memset(to_db, 0, static_cast<size_t>(p.V) * 4);
   if (wants_head && p.M == 0) std::memset(to_dw, 0, static_cast<size_t>(p.V * p.D) * 4);
 
-  const Floats plain = new_floats(plan.chunk * p.stride());
+  const Floats panels = new_floats(p.panels() * p.panel());
   const Floats packed = new_floats(plan.chunk * p.D);
   const int64_t part_size = plan.chunk * p.D;
   const Floats partial = new_floats(wants_hidden ? plan.parts * part_size : 0);
   for (int64_t start = 0; start < p.M; start += plan.chunk) {
     const int64_t count = std::min(plan.chunk, p.M - start);
-    p.load_tokens(start, count, plain.get(), packed.get());
+    p.load_tokens(start, count, panels.get(), packed.get());
     parallel_for(plan.parts, 1, [&](int64_t begin, int64_t end) {
       const Floats tile_packed = new_floats(p.tile_rows() * p.D);
-      const Floats tile_plain = new_floats(p.head_dtype == Dtype::f32 ? 0 : p.tile_rows() * p.D);
       const Floats z = new_floats(p.tile_rows() * plan.group);
       for (int64_t part = begin; part < end; ++part) {
         float* own = partial.get() + part * part_size;
         if (wants_hidden) std::memset(own, 0, static_cast<size_t>(part_size) * 4);
         for (int64_t i = plan.first_tile(part); i < plan.first_tile(part + 1); ++i) {
-          const HeadTile tile = p.load_tile(i, tile_packed.get(), tile_plain.get());
+          const HeadTile tile = p.load_tile(i, tile_packed.get());
           for (int64_t t = 0; t < count; t += plan.group) {
             const Tokens group{
-                std::min(plan.group, count - t), p.D,        packed.get() + t * p.D,
-                plain.get() + t * p.stride(),    p.stride(), tokens.data() + start + t};
+                std::min(plan.group, count - t), p.D,       packed.get() + t * p.D,
+                panels.get() + t * p.k.strip,    p.panel(), tokens.data() + start + t};
             p.k.backward_tile(tile, group, gradients.data() + start + t, z.get(),
                               {wants_hidden ? own + t * p.D : nullptr,
                                wants_head ? to_dw + tile.first * p.D : nullptr,

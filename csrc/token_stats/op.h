@@ -60,10 +60,8 @@ struct Row {
 struct HeadTile {
   int64_t first, count;
   const float* packed;  // [count / R][D][R], R = Kernels::rows, padded with zeros
-  const float* plain;   // row-major, `stride` floats a row
-  int64_t stride;
-  const float* bias;  // [count] or null
-  float softcap;      // 0: none
+  const float* bias;    // [count] or null
+  float softcap;        // 0: none
 };
 
 // Consecutive tokens: in strips of S = Kernels::strip, the last one padded with zeros.
@@ -71,9 +69,9 @@ struct Tokens {
   int64_t count;
   int64_t D;
   const float* packed;  // [count / S][D][S]
-  const float* plain;   // [count][stride], zeros beyond D
-  int64_t stride;       // D rounded up to S
-  const Token* token;   // [count]
+  const float* panels;  // [D / S][`panel` floats]: a panel is [count][S], zeros beyond D
+  int64_t panel;
+  const Token* token;  // [count]
 };
 
 // Where gradients go; a null pointer is one that nobody wants.
@@ -89,7 +87,7 @@ struct Kernels {
   void (*forward_row)(const Row&, const Token&, State*);
   void (*backward_row)(const Row&, const Token&, const Gradient&, void* dx);
   void (*pack_tokens)(const float* plain, int64_t stride, int64_t count, int64_t D, float* packed);
-  void (*pack_head)(const void* head, Dtype, int64_t count, int64_t D, float* packed, float* plain);
+  void (*pack_head)(const void* head, Dtype, int64_t count, int64_t D, float* packed);
   // z: scratch of [tile.count rounded up to `rows`][strip] floats.
   void (*forward_tile)(const HeadTile&, const Tokens&, float* z, State*);
   // z: the same for each strip of the tokens.

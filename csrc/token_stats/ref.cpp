@@ -70,12 +70,8 @@ void pack_tokens(const float* plain, int64_t stride, int64_t count, int64_t D, f
   for (int64_t t = 0; t < count; ++t) std::memcpy(packed + t * D, plain + t * stride, D * 4);
 }
 
-void pack_head(const void* head, Dtype dtype, int64_t count, int64_t D, float* packed,
-               float* plain) {
-  for (int64_t i = 0; i < count * D; ++i) {
-    packed[i] = static_cast<float>(load(head, i, dtype));
-    if (plain != nullptr) plain[i] = packed[i];
-  }
+void pack_head(const void* head, Dtype dtype, int64_t count, int64_t D, float* packed) {
+  for (int64_t i = 0; i < count * D; ++i) packed[i] = static_cast<float>(load(head, i, dtype));
 }
 
 double logit(const HeadTile& tile, const float* hidden, int64_t D, int64_t v) {

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from saltire.rl.controllers import PID, SignRule
 from saltire.rl.schedules import Constant, Piecewise, Ramp, StableThenAnneal
 from saltire.settings import build, read_yaml
 
+DOCS = Path(__file__).parents[2] / "docs"
 SETTINGS = """
 model: default
 output: runs/one
@@ -120,3 +124,24 @@ def test_an_absent_file_is_refused(tmp_path) -> None:
 def test_a_change_that_is_not_one_is_refused(text) -> None:
     with pytest.raises(SaltireError, match="--set"):
         apply_change(settings(), text)
+
+
+def fields_of(kind: type, prefix: str = "") -> list[str]:
+    """Names of all settings, ``part.name`` for those of a part."""
+    names = []
+    for name, hint in get_type_hints(kind).items():
+        part = [t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)]
+        names += fields_of(part[0], f"{name}.") if part else [prefix + name]
+    return names
+
+
+def test_the_page_lists_every_setting_and_no_other() -> None:
+    page = (DOCS / "es.md").read_text().split("## Every setting")[1].split("\n## ")[0]
+    rows = [row.split("|") for row in page.splitlines() if row.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`([a-z0-9_.]+)`", row[1])]
+    assert sorted(listed) == sorted(fields_of(TrainConfig))
+
+
+def test_the_example_of_the_docs_can_be_built() -> None:
+    config = build(TrainConfig, read_yaml(DOCS / "gsm8k.yaml"))
+    assert config.task.kind == "file"

@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from saltire.errors import SaltireError
 from saltire.progress import track
 from saltire.rl.policy import Policy, Sequences, pack
+from saltire.rl.prompts import Codec
+from saltire.rl.tasks import Task
 
 ARITHMETIC_CHARACTERS = "0123456789+-*/()=: "
 
@@ -97,3 +99,23 @@ def supervise(
         losses.append(float(loss.detach()))
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
+
+
+def taught_model(
+    task: Task, *, steps: int, hidden: int = 64, layers: int = 2, seed: int = 0
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A small model that has been shown the ``solution`` of every row, and its tokenizer."""
+    tokenizer = character_tokenizer()
+    model = small_model(len(tokenizer), hidden=hidden, layers=layers, seed=seed)
+    codec = Codec(tokenizer)
+    supervise(
+        Policy(model),
+        [codec.encode(task.prompt(row)) for row in task.rows],
+        [
+            [*tokenizer.encode(row["solution"], add_special_tokens=False), *codec.stop]
+            for row in task.rows
+        ],
+        steps=steps,
+        seed=seed,
+    )
+    return model, tokenizer

@@ -87,9 +87,12 @@ class Trainer:
         self.last_pass: float | None = None
         self.messages: list[str] = []
 
-    def run(self, resume: bool = False) -> list[dict[str, Any]]:
+    def run(
+        self, resume: bool = False, on_step: Callable[[dict[str, Any]], None] | None = None
+    ) -> list[dict[str, Any]]:
         """Train to the last step; return this call's log records.
 
+        ``on_step`` gets each record as it is logged, in place of a progress bar.
         Raises SaltireError if the output holds a run and ``resume`` is false, or if the run to
         resume had other settings.
         """
@@ -106,10 +109,13 @@ class Trainer:
         log = RunLog(self.folder, start, self.config.tensorboard) if rank() == 0 else None
         records = []
         try:
-            for step in track(range(start, self.config.steps), "training"):
+            steps = range(start, self.config.steps)
+            for step in steps if on_step is not None else track(steps, "training"):
                 records.append(self.step(step))
                 if log is not None:
                     log.write(records[-1])
+                if on_step is not None:
+                    on_step(records[-1])
                 if self._due(step, self.config.checkpoint.every):
                     self.save(step + 1)
         finally:
