@@ -26,7 +26,7 @@ constexpr int kPartStride = kRowBlock + 4;  // words of a token's parts: keeps l
 
 struct MmaStage {
   int codes, tables, tokens;  // bytes
-  SALTIRE_BOTH int bytes() const { return codes + tables + tokens; }
+  SALTIRE_BOTH constexpr int bytes() const { return codes + tables + tokens; }
 };
 
 static SALTIRE_BOTH MmaStage mma_stage(int container, int tokens, int group_steps, int line_bytes) {
@@ -51,13 +51,16 @@ constexpr int kSm90Threads = 384;
 constexpr int kSm90MostStages = 6;
 constexpr int kSm90Barriers = 1024;  // bytes
 
-static SALTIRE_BOTH MmaStage sm90_stage(int rows, int container, int group_steps, int line_bytes) {
+constexpr int kLongestLine = kRowBlock * 4 * 2;  // bytes: float scales and zeros
+
+// Known to the compiler, which has no registers left for it.
+constexpr MmaStage sm90_stage(int rows, int container, int group_steps) {
   const int blocks = rows / kRowBlock;
-  const int tables = group_steps == 0 ? 0 : blocks * 4 / group_steps * line_bytes;
-  return {blocks * 4 * container / 2 * kPiece, (tables + 1023) / 1024 * 1024, kTileTokens * kSlab};
+  return {blocks * 4 * container / 2 * kPiece,
+          group_steps == 0 ? 0 : blocks * 4 / group_steps * kLongestLine, kTileTokens * kSlab};
 }
 
-static SALTIRE_BOTH int sm90_stages(const MmaStage& stage) {
+constexpr int sm90_stages(const MmaStage& stage) {
   constexpr int kShared = 227 * 1024 - kSm90Barriers;
   const int fit = kShared / stage.bytes();
   return fit < kSm90MostStages ? fit : kSm90MostStages;

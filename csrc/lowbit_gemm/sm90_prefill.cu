@@ -31,55 +31,74 @@ SALTIRE_DEVICE Tile tile_at(int index, int rows, int tokens) {
   return {in_band / height, band * kBand + in_band % height};
 }
 
-struct Pipeline {
-  MmaStage stage;
-  int stages;
-  Barrier* full;   // the copy engine's bytes have come
-  Barrier* empty;  // every computing warp is done with the stage
-  unsigned char* memory;
+constexpr int lines_of_slab(int steps) {
+  return steps == 0 ? 0 : 4 / steps;
+}
 
+// Where things lie in shared memory: stages (tokens, codes, tables), then the barriers.
+template <int bits, int steps, int halves>
+struct Shared {
+  static constexpr int kBlocks = kGroups * halves;           // row blocks of a tile
+  static constexpr int kCodes = 4 * kPieces<bits> * kPiece;  // bytes of a row block's slab
+  static constexpr MmaStage kStage = sm90_stage(kBlocks * kRowBlock, bits == 4 ? 4 : 2, steps);
+  static constexpr int kStages = sm90_stages(kStage);
+  static constexpr int kTables = kStage.tokens + kStage.codes;
+  static_assert(kStage.bytes() % 1024 == 0, "every stage's tokens start where the swizzle does");
+};
+
+// The stage at hand; `full` and `empty` barriers of it.
+struct Turn {
   int slot = 0, parity = 0;
 };
 
-SALTIRE_DEVICE void advance(Pipeline& p) {
-  if (++p.slot == p.stages) {
-    p.slot = 0;
-    p.parity ^= 1;
+template <typename S>
+SALTIRE_DEVICE void advance(Turn& turn) {
+  if (++turn.slot == S::kStages) {
+    turn.slot = 0;
+    turn.parity ^= 1;
   }
 }
 
-SALTIRE_DEVICE unsigned char* memory_of(const Pipeline& p) {
-  return p.memory + p.slot * p.stage.bytes();
+template <typename S>
+SALTIRE_DEVICE unsigned char* memory_of(const Turn& turn) {
+  return shared_memory() + turn.slot * S::kStage.bytes();
 }
 
-constexpr int lines_of_slab(int steps) {
-  return steps == 0 ? 0 : 4 / steps;
+// The copy engine's bytes have come.
+template <typename S>
+SALTIRE_DEVICE Barrier* full_barrier(int slot) {
+  return reinterpret_cast<Barrier*>(shared_memory() + S::kStages * S::kStage.bytes()) + slot;
+}
+
+// Every computing warp is done with the stage.
+template <typename S>
+SALTIRE_DEVICE Barrier* empty_barrier(int slot) {
+  return full_barrier<S>(slot) + S::kStages;
 }
 
 // --- copying ------------------------------------------------------------------------------------
 
 template <int bits, int steps, int halves>
-SALTIRE_DEVICE void ask_for_stage(const Task& task, const TensorMap* x, const Pipeline& p,
-                                  Tile tile, int slab) {
-  constexpr int kBlocks = kGroups * halves;
-  constexpr int kCodes = 4 * kPieces<bits> * kPiece;  // of a row block's slab
+SALTIRE_DEVICE void ask_for_stage(const Task& task, const TensorMap* x, const Turn& turn, Tile tile,
+                                  int slab) {
+  using S = Shared<bits, steps, halves>;
   constexpr int kLines = lines_of_slab(steps);
   const int lines = kLines * task.line_bytes;
-  unsigned char* const to = memory_of(p);
-  Barrier* const full = p.full + p.slot;
-  arrive_and_expect(full, kTileTokens * kSlab + kBlocks * (kCodes + lines));
+  unsigned char* const to = memory_of<S>(turn);
+  Barrier* const full = full_barrier<S>(turn.slot);
+  arrive_and_expect(full, S::kStage.tokens + S::kBlocks * (S::kCodes + lines));
   copy_box(to, x, tile.token * kTileTokens, slab * kSlab, full);
-  unsigned char* const codes = to + p.stage.tokens;
-  unsigned char* const tables = codes + p.stage.codes;
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
+  for (int b = 0; b < S::kBlocks; ++b) {
     // Beyond the last block the last one again: its results are not stored.
-    const int wanted = tile.row * kBlocks + b;
+    const int wanted = tile.row * S::kBlocks + b;
     const int64_t block = wanted < task.row_blocks ? wanted : task.row_blocks - 1;
-    copy_bytes(codes + b * kCodes, task.codes + (block * task.slabs + slab) * kCodes, kCodes, full);
-    if (lines > 0) {
+    copy_bytes(to + S::kStage.tokens + b * S::kCodes,
+               task.codes + (block * task.slabs + slab) * S::kCodes, S::kCodes, full);
+    if constexpr (kLines > 0) {
       const int64_t line = block * task.padded_groups + slab * kLines;
-      copy_bytes(tables + b * lines, task.tables + line * task.line_bytes, lines, full);
+      copy_bytes(to + S::kTables + b * kLines * kLongestLine, task.tables + line * task.line_bytes,
+                 lines, full);
     }
   }
 }
@@ -103,8 +122,7 @@ struct Lane {
 // The sums of groups one after another: scaled as soon as a group is complete.
 template <int bits, int steps>
 SALTIRE_DEVICE void multiply_groups(const Task& task, const Lane& at, const Slab<bits>& w,
-                                    uint64_t b, const unsigned char* lines, int first_group,
-                                    int first_token, float (&sum)[64]) {
+                                    uint64_t b, const unsigned char* lines, float (&sum)[64]) {
 #pragma unroll
   for (int part = 0; part < lines_of_slab(steps); ++part) {
     int32_t dot[64];
@@ -117,28 +135,42 @@ SALTIRE_DEVICE void multiply_groups(const Task& task, const Lane& at, const Slab
       multiply_128(dot, a[s], b + static_cast<uint64_t>((part * steps + s) * 2), s > 0);
     }
     commit_products();
-    const unsigned char* const line = lines + part * task.line_bytes;
+    const unsigned char* const line = lines + part * kLongestLine;
     const int entry = at.tile * (kTileRows / 2) + at.g;
     const Pair scale = read_pair(line, entry, task.half_table);
     wait_products<0>();
-    if (task.has_zero) {
-      const Pair zero = read_pair(line + zero_offset(task), entry, task.half_table);
-      const int group = first_group + part;
 #pragma unroll
-      for (int j = 0; j < 64; ++j) {
-        if (j % 8 == 0) keep_order();
-        const int m = first_token + j / 4 * 8 + 2 * at.t + j % 2;
-        const bool known = m < task.M && group < task.groups;
-        const float x_sum = known ? static_cast<float>(task.x_sum[m * task.groups + group]) : 0.0f;
-        const float value = fmaf(task.middle - (j % 4 < 2 ? zero.upper : zero.lower),
-                                 kByteFactor<bits> * x_sum, static_cast<float>(dot[j]));
-        sum[j] = fmaf(j % 4 < 2 ? scale.upper : scale.lower, value, sum[j]);
-      }
-    } else {
+    for (int j = 0; j < 64; ++j) {
+      sum[j] = fmaf(j % 4 < 2 ? scale.upper : scale.lower, static_cast<float>(dot[j]), sum[j]);
+    }
+  }
+}
+
+// What zero points other than the middle add: Σ_g scale·(middle - zero)·x_sum, after all else, when
+// there are registers for it.
+template <int bits>
+SALTIRE_DEVICE void add_zeros(const Task& task, const Lane& at, int block, int first_token,
+                              float (&sum)[64]) {
+  if (block >= task.row_blocks) return;
+  const unsigned char* line =
+      task.tables + static_cast<int64_t>(block) * task.padded_groups * task.line_bytes;
+  const int entry = at.tile * (kTileRows / 2) + at.g;
+  for (int group = 0; group < task.groups; ++group, line += task.line_bytes) {
+    const Pair scale = read_pair(line, entry, task.half_table);
+    const Pair zero = read_pair(line + zero_offset(task), entry, task.half_table);
+    const float upper = scale.upper * (kByteFactor<bits> * (task.middle - zero.upper));
+    const float lower = scale.lower * (kByteFactor<bits> * (task.middle - zero.lower));
 #pragma unroll
-      for (int j = 0; j < 64; ++j) {
-        sum[j] = fmaf(j % 4 < 2 ? scale.upper : scale.lower, static_cast<float>(dot[j]), sum[j]);
+    for (int j = 0; j < 64; j += 4) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int wanted = first_token + j * 2 + 2 * at.t + i;
+        const int m = wanted < task.M ? wanted : task.M - 1;
+        const float x_sum = static_cast<float>(task.x_sum[m * task.groups + group]);
+        sum[j + i] = fmaf(upper, x_sum, sum[j + i]);
+        sum[j + 2 + i] = fmaf(lower, x_sum, sum[j + 2 + i]);
       }
+      keep_order();
     }
   }
 }
@@ -173,42 +205,91 @@ SALTIRE_DEVICE void finish_rows(const Task& task, const Lane& at, const uint32_t
   }
 }
 
+template <int bits, int steps, int halves>
+SALTIRE_DEVICE void compute_tile(const Task& task, const Lane& at, const Tile& tile, Turn& turn) {
+  using S = Shared<bits, steps, halves>;
+  constexpr bool kGrouped = steps != 0;
+  const int first_token = tile.token * kTileTokens;
+  float sum[kGrouped ? halves : 1][64];
+  int32_t dot[kGrouped ? 1 : halves][64];
+  uint32_t a[kGrouped ? 1 : halves][4][4];
+  if constexpr (kGrouped) {
+#pragma unroll
+    for (int h = 0; h < halves; ++h) {
+#pragma unroll
+      for (int j = 0; j < 64; ++j) sum[h][j] = 0.0f;
+    }
+  }
+  for (int slab = 0; slab < task.slabs; ++slab) {
+    wait_for(full_barrier<S>(turn.slot), turn.parity);
+    const unsigned char* const from = memory_of<S>(turn);
+    const uint64_t b = operand_of(from);
+#pragma unroll
+    for (int h = 0; h < halves; ++h) {
+      const int block = at.group * halves + h;
+      const Slab<bits> w = read_slab<bits>(
+          from + S::kStage.tokens + block * S::kCodes + at.tile * kPieces<bits> * kPiece, at.lane);
+      if constexpr (kGrouped) {
+        multiply_groups<bits, steps>(
+            task, at, w, b, from + S::kTables + block * lines_of_slab(steps) * kLongestLine,
+            sum[h]);
+      } else {
+        start_slab<bits>(w, b, slab > 0, a[h], dot[h]);
+      }
+    }
+    if constexpr (!kGrouped) wait_products<0>();
+    sync_warp();
+    if (at.lane == 0) arrive(empty_barrier<S>(turn.slot));
+    advance<S>(turn);
+  }
+#pragma unroll
+  for (int h = 0; h < halves; ++h) {
+    const int block = (tile.row * kGroups + at.group) * halves + h;
+    if constexpr (kGrouped) {
+      if (task.has_zero) add_zeros<bits>(task, at, block, first_token, sum[h]);
+    }
+    uint32_t sums[64];
+#pragma unroll
+    for (int j = 0; j < 64; ++j) {
+      if constexpr (kGrouped) {
+        sums[j] = bits_of(sum[h][j]);
+      } else {
+        sums[j] = static_cast<uint32_t>(dot[h][j]);
+      }
+    }
+    finish_rows<bits, kGrouped>(task, at, sums, block, first_token);
+  }
+}
+
 // steps: of a group; 0 for one scale a channel.
 template <int bits, int steps, int halves>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     multiply_tiles(const __grid_constant__ Task task, const __grid_constant__ TensorMap x,
                    int row_tiles, int token_tiles) {
-  constexpr bool kGrouped = steps != 0;
-  constexpr int kCodes = 4 * kPieces<bits> * kPiece;
+  using S = Shared<bits, steps, halves>;
   const int thread = static_cast<int>(threadIdx.x), tiles = row_tiles * token_tiles;
-  Pipeline p;
-  p.stage = sm90_stage(kGroups * halves * kRowBlock, bits == 4 ? 4 : 2, steps, task.line_bytes);
-  p.stages = sm90_stages(p.stage);
-  p.memory = shared_memory();
-  p.full = reinterpret_cast<Barrier*>(p.memory + p.stages * p.stage.bytes());
-  p.empty = p.full + kSm90MostStages;
   if (thread == 0) {
-    for (int i = 0; i < p.stages; ++i) {
-      make_barrier(p.full + i, 1);
-      make_barrier(p.empty + i, kGroups * 4);
+    for (int i = 0; i < S::kStages; ++i) {
+      make_barrier(full_barrier<S>(i), 1);
+      make_barrier(empty_barrier<S>(i), kGroups * 4);
     }
     fence_barriers();
   }
   sync_block();
   wait_for_previous_kernel();
   let_next_kernel_start();
-
+  Turn turn;
   if (thread >= kGroups * kWarpgroup) {
     shrink_registers<kProducerRegisters>();
     if (thread == kGroups * kWarpgroup) {
-      p.parity = 1;  // every stage begins empty
+      turn.parity = 1;  // every stage begins empty
       for (int index = static_cast<int>(blockIdx.x); index < tiles;
            index += static_cast<int>(gridDim.x)) {
         const Tile tile = tile_at(index, row_tiles, token_tiles);
         for (int slab = 0; slab < task.slabs; ++slab) {
-          wait_for(p.empty + p.slot, p.parity);
-          ask_for_stage<bits, steps, halves>(task, &x, p, tile, slab);
-          advance(p);
+          wait_for(empty_barrier<S>(turn.slot), turn.parity);
+          ask_for_stage<bits, steps, halves>(task, &x, turn, tile, slab);
+          advance<S>(turn);
         }
       }
     }
@@ -222,70 +303,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     at.group = thread / kWarpgroup;
     for (int index = static_cast<int>(blockIdx.x); index < tiles;
          index += static_cast<int>(gridDim.x)) {
-      const Tile tile = tile_at(index, row_tiles, token_tiles);
-      const int first_token = tile.token * kTileTokens;
-      const int first_block = (tile.row * kGroups + at.group) * halves;
-      if constexpr (kGrouped) {
-        float sum[halves][64];
-#pragma unroll
-        for (int h = 0; h < halves; ++h) {
-#pragma unroll
-          for (int j = 0; j < 64; ++j) sum[h][j] = 0.0f;
-        }
-        for (int slab = 0; slab < task.slabs; ++slab) {
-          wait_for(p.full + p.slot, p.parity);
-          const unsigned char* const from = memory_of(p);
-          const unsigned char* const codes = from + p.stage.tokens;
-          const unsigned char* const tables = codes + p.stage.codes;
-          const uint64_t b = operand_of(from);
-#pragma unroll
-          for (int h = 0; h < halves; ++h) {
-            const int block = at.group * halves + h;
-            const Slab<bits> w =
-                read_slab<bits>(codes + block * kCodes + at.tile * kPieces<bits> * kPiece, at.lane);
-            multiply_groups<bits, steps>(task, at, w, b,
-                                         tables + block * lines_of_slab(steps) * task.line_bytes,
-                                         slab * lines_of_slab(steps), first_token, sum[h]);
-          }
-          sync_warp();
-          if (at.lane == 0) arrive(p.empty + p.slot);
-          advance(p);
-        }
-#pragma unroll
-        for (int h = 0; h < halves; ++h) {
-          uint32_t sums[64];
-#pragma unroll
-          for (int j = 0; j < 64; ++j) sums[j] = bits_of(sum[h][j]);
-          finish_rows<bits, true>(task, at, sums, first_block + h, first_token);
-        }
-      } else {
-        int32_t dot[halves][64];
-        uint32_t a[halves][4][4];
-        for (int slab = 0; slab < task.slabs; ++slab) {
-          wait_for(p.full + p.slot, p.parity);
-          const unsigned char* const from = memory_of(p);
-          const unsigned char* const codes = from + p.stage.tokens;
-          const uint64_t b = operand_of(from);
-#pragma unroll
-          for (int h = 0; h < halves; ++h) {
-            const int block = at.group * halves + h;
-            const Slab<bits> w =
-                read_slab<bits>(codes + block * kCodes + at.tile * kPieces<bits> * kPiece, at.lane);
-            start_slab<bits>(w, b, slab > 0, a[h], dot[h]);
-          }
-          wait_products<0>();
-          sync_warp();
-          if (at.lane == 0) arrive(p.empty + p.slot);
-          advance(p);
-        }
-#pragma unroll
-        for (int h = 0; h < halves; ++h) {
-          uint32_t sums[64];
-#pragma unroll
-          for (int j = 0; j < 64; ++j) sums[j] = static_cast<uint32_t>(dot[h][j]);
-          finish_rows<bits, false>(task, at, sums, first_block + h, first_token);
-        }
-      }
+      compute_tile<bits, steps, halves>(task, at, tile_at(index, row_tiles, token_tiles), turn);
     }
   }
 }
@@ -299,7 +317,9 @@ void run_as(const Task& task, const TensorMap& x, const DevicePlan& plan, const 
 template <int bits, int steps>
 void run_with(const Task& task, const TensorMap& x, const DevicePlan& plan,
               const cuda::Launch& how) {
-  if (plan.rows == 256) return run_as<bits, steps, 2>(task, x, plan, how);
+  if constexpr (steps != 1) {
+    if (plan.rows == 256) return run_as<bits, steps, 2>(task, x, plan, how);
+  }
   run_as<bits, steps, 1>(task, x, plan, how);
 }
 
