@@ -135,7 +135,7 @@ SALTIRE_DEVICE void multiply_groups(const Task& task, const Lane& at, const Slab
       multiply_128(dot, a[s], b + static_cast<uint64_t>((part * steps + s) * 2), s > 0);
     }
     commit_products();
-    const unsigned char* const line = lines + part * kLongestLine;
+    const unsigned char* const line = lines + part * task.line_bytes;
     const int entry = at.tile * (kTileRows / 2) + at.g;
     const Pair scale = read_pair(line, entry, task.half_table);
     wait_products<0>();

@@ -231,7 +231,7 @@ def test_branch_bias_arbitrary_scales_and_dtypes(program, route, M, group, devic
 
 @pytest.mark.parametrize("seed", range(3))
 def test_order_of_threads_does_not_matter(program, seed) -> None:
-    layer = Layer(program, 6, 128, 1280, group=64, half=True, exact=False)
+    layer = Layer(program, 6, 128, 2304, group=64, half=True, exact=False)
     first, plan = layer.multiply("mma", seed=0)
     assert "split" in plan
     assert torch.equal(layer.multiply("mma", seed=seed + 1)[0], first)
