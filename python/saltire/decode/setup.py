@@ -15,6 +15,7 @@ from saltire.decode.session import Session
 from saltire.errors import SaltireError
 from saltire.models.decoder import build_decoder
 from saltire.models.rounding import rounded_decoder
+from saltire.nn.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ DRAFTS = ("none", "ngram", "clasp", "quantised", "auto")
 def open_session(
     model: PreTrainedModel,
     draft: str = "none",
-    draft_model: PreTrainedModel | Literal["rounded"] | None = None,
+    draft_model: PreTrainedModel | Decoder | Literal["rounded"] | None = None,
     skip: int = 0,
     halves: bool = False,
     interval: int = 64,
@@ -58,6 +59,8 @@ def open_session(
     if draft == "quantised" or (draft == "auto" and draft_model is not None):
         if draft_model is None or draft_model == "rounded":
             cheap = rounded_decoder(model)
+        elif isinstance(draft_model, Decoder):
+            cheap = draft_model
         else:
             cheap = build_decoder(draft_model)
         vocabulary = cheap.sizes.vocabulary // 2 if cheap.sizes.vocabulary >= TRIMMED_FROM else 0
