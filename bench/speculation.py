@@ -4,7 +4,8 @@ Target: the default model in bf16, with drafts of the same model rounded to 4 bi
 question: tokens per second with prefill included, as a ratio to plain decoding of the same question
 in the same minute; the mean of the ratios counts. A second target is the rounded model itself,
 W4A8 in groups of 32, with n-gram drafts and 2-bit ones. Greedy answers are compared token by token.
-Needs --data (or SALTIRE_DATA) for the questions.
+Needs --data (or SALTIRE_DATA) for the questions. The protocol's answers have up to 1024 tokens;
+--quick takes one question a category and 448.
 
 Keys: auto_speedup (>= 1.6), auto_worst_category (>= 0.97), layer_skip_speedup (the paper's method
 alone), plan_share (<= 0.05), greedy_mismatches (0), w4_auto_speedup (>= 1.2), plan_agreement_m4
@@ -150,8 +151,8 @@ def main() -> None:
     model = load_model()[0].to(torch.bfloat16)
     cheap, cheaper = rounded_decoder(exact_model), rounded_decoder(exact_model, bits=2)
     stop = stop_tokens(tokenizer)
-    chosen = questions(options.data, options.questions or (2 if options.quick else 40))
-    new = options.new or (96 if options.quick else 512)
+    chosen = questions(options.data, options.questions or (1 if options.quick else 40))
+    new = options.new or (448 if options.quick else 1024)
     limit = model.config.max_position_embeddings - new
     prompts = [(c, encode_prompt(tokenizer, text)[:limit]) for c, text in chosen]
     sessions = {
