@@ -13,7 +13,8 @@ import torch
 
 from bench.device import report
 from bench.device.timing import Timing, time_turns
-from saltire.nn import LinearFormat, QuantLinear
+from saltire.nn.linear_format import LinearFormat
+from saltire.nn.quant_linear import QuantLinear
 
 D, FF, KV, LAYERS = 4096, 14336, 1024, 32
 SHAPES = [(D, D + 2 * KV), (D, D), (D, 2 * FF), (FF, D)]  # K, N

@@ -11,7 +11,8 @@ import torch
 
 from saltire import ops, reference
 from saltire.errors import SaltireError
-from saltire.nn import LinearFormat, QuantLinear
+from saltire.nn.linear_format import LinearFormat
+from saltire.nn.quant_linear import QuantLinear
 
 pytestmark = [
     pytest.mark.cuda,

@@ -24,7 +24,7 @@ def test_finer_grids_lose_less() -> None:
 
 
 def test_bits_go_where_the_loss_minds() -> None:
-    linear = torch.nn.Linear(64, 64)
+    linear = torch.nn.Linear(256, 64)
     costs = {name: GroupCost.of([linear], minds) for name, minds in (("a", 1.0), ("b", 100.0))}
     small, middle, _ = costs["a"].bytes
     assert small is not None

@@ -78,22 +78,25 @@ def update(
     experience: Experience,
     knobs: Knobs,
     config: UpdateConfig,
+    counted: bool = True,
 ) -> UpdateStats:
     """One optimiser step on the whole of ``experience``, over all ranks, in micro-batches.
 
     The result does not depend, but for rounding, on ``micro_batch`` or on how the sequences are
-    spread over ranks. Raises SaltireError, with the weights as they were, if the gradient is not
-    finite.
+    spread over ranks. counted: False for a rank that has nothing to learn from in this step, and
+    gives some sequence so that it computes as often as the others. Raises SaltireError, with the
+    weights as they were, if the gradient is not finite.
     """
     sequences = experience.sequences
-    counts = all_sum([len(sequences.tokens), int(sequences.lengths.sum())])
+    counts = all_sum([len(sequences.tokens) * counted, int(sequences.lengths.sum()) * counted])
     size = BatchSize(int(counts[0]), int(counts[1]), config.max_length)
     weights = token_weights(sequences.lengths, config.algorithm, size)
     optimiser.zero_grad(set_to_none=True)
     sums = torch.zeros(5, dtype=torch.float64)
     ratio_max = 1.0
     parts = micro_batches(sequences, config.micro_batch)
-    for index, (rows, real) in enumerate(parts):
+    for index, (rows, own) in enumerate(parts):
+        real = own and counted
         part = experience.rows(rows)
         lengths = part.sequences.lengths
         action = part.sequences.action

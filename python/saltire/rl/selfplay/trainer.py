@@ -29,7 +29,7 @@ from saltire.rl.actuators import Knobs
 from saltire.rl.authority import ClipWatch
 from saltire.rl.control import EntropyControl, EntropyMeter, Reading
 from saltire.rl.dept import match_entropy
-from saltire.rl.distributed import all_sum, gather, part_of, rank
+from saltire.rl.distributed import all_sum, barrier, gather, part_of, rank
 from saltire.rl.match_outcome import AdvantageEstimator
 from saltire.rl.plant import measure_authority
 from saltire.rl.policy import Policy
@@ -94,6 +94,7 @@ class SelfPlayTrainer:
                 f"{self.folder} holds a run already; resume it with --resume, or choose another "
                 "output."
             )
+        barrier()  # or a late rank would find the log that rank 0 is about to begin
         log = None
         if rank() == 0:
             with replacing_file(self.folder / SETTINGS) as temporary:
@@ -209,8 +210,16 @@ class SelfPlayTrainer:
             for part in range(config.minibatches)
         ]
         counts = all_sum([len(some) for some in rows])
+        first = torch.zeros(1, dtype=torch.int64, device=places.device)
         return [
-            update(parts.policy, parts.optimiser, experience.rows(some), knobs, how)
+            update(
+                parts.policy,
+                parts.optimiser,
+                experience.rows(some if len(some) else first),
+                knobs,
+                how,
+                counted=len(some) > 0,
+            )
             for _ in range(config.epochs)
             for some, count in zip(rows, counts, strict=True)
             if count

@@ -183,36 +183,31 @@ class DecoderWriter:
         return done
 
     def _admit(self) -> None:
-        """Give waiting prompts a sequence; compute what is new of them, up to their first token."""
-        admitted: list[tuple[int, _Seat]] = []
+        """Give waiting prompts a sequence; compute what is new of them, up to their first token.
+
+        One after another, so that the next may begin with what the last has computed.
+        """
         while self._queue:
             b = self._find(self._queue[0].key)
             if b is None:
-                break
+                return
             draft, seat = self._queue.pop(0), self._seats[b]
-            self._clock += 1
-            seat.key, seat.draft, seat.written, seat.used = draft.key, draft, [], self._clock
-            admitted.append((b, seat))
-        if not admitted:
-            return
-        cache = self._room(
-            max(len(s.draft.prompt) + len(s.draft.uniforms) for _, s in admitted if s.draft)
-        )
-        new: list[list[int]] = [[] for _ in self._seats]
-        for b, seat in admitted:
-            assert seat.draft is not None
-            prompt = seat.draft.prompt
+            prompt = draft.prompt
+            cache = self._room(len(prompt) + len(draft.uniforms))
             kept = min(common(seat.held, prompt), len(prompt) - 1)
             cache.roll_back(b, kept)
             other, shared = self._alike(prompt)
             if shared >= kept + WORTH_COPYING:
                 cache.share(other, b, shared)
                 kept = shared
+            self._clock += 1
+            seat.key, seat.draft, seat.written, seat.used = draft.key, draft, [], self._clock
+            new: list[list[int]] = [[] for _ in self._seats]
             new[b], seat.held = prompt[kept:], list(prompt)
             self.computed += len(new[b])
             self.reused += kept
-        result = self.decoder.prefill(cache, new)
-        self._draw([seat for _, seat in sorted(admitted, key=lambda pair: pair[0])], result.logits)
+            result = self.decoder.prefill(cache, new)
+            self._draw([seat], result.logits)
 
     def _alike(self, prompt: list[int]) -> tuple[int, int]:
         """The sequence that begins with most of ``prompt``, and how much: the rules of a game are
