@@ -12,7 +12,8 @@ Source of the split: Hydragen (2402.05099), section 3; applied here to scoring, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +108,8 @@ class SharedPrefixScorer:
         if not len(x):
             return torch.zeros(0)
         if type(self.head) is torch.nn.Linear:
-            stats = linear_token_stats(x, self.head.weight, wanted, bias=self.head.bias)
+            with _one_thread():
+                stats = linear_token_stats(x, self.head.weight, wanted, bias=self.head.bias)
             return _of(stats)
         parts = [
             _of(token_stats(self.head(rows), labels))
@@ -128,6 +130,18 @@ class SharedPrefixScorer:
                 f"context and target are {tokens} tokens, but the scorer looks at {most}. "
                 "Make the windows smaller."
             )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The op splits the vocabulary over threads and adds the parts, so its last bits depend on how
+    many there are; a corpus must not depend on the number of workers, which share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _of(stats: TokenStats) -> Tensor:
