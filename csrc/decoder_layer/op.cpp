@@ -245,6 +245,28 @@ STABLE_TORCH_LIBRARY_FRAGMENT(saltire, m) {
       "starts, Tensor units, Tensor survival, int longest, float confidence, float worth, int "
       "head_outputs) -> "
       "(Tensor, Tensor, Tensor)");
+  // The parts that a device runs one after another; on the CPU, Python registers the specification.
+  m.def("embed_rows(Tensor rows, Tensor embedding, Tensor(a!) state) -> ()");
+  m.def(
+      "residual_norm(Tensor(a!) state, Tensor? delta, Tensor gain, float eps, ScalarType "
+      "out_dtype, "
+      "Tensor(b!)? trace) -> Tensor");
+  m.def(
+      "residual_norm_quantize(Tensor(a!) state, Tensor? delta, Tensor gain, float eps, "
+      "Tensor(b!)? trace, int bits, Tensor? diag, int hadamard, float clip, int sum_group) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def(
+      "swiglu_quantize(Tensor gate_up, int bits, Tensor? diag, int hadamard, float clip, int "
+      "sum_group) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "append_heads(Tensor qkv, Tensor rows, Tensor rotation, Tensor? q_norm, Tensor? k_norm, "
+      "float "
+      "eps, int heads, Tensor(a!) kv, Tensor(b!)? scales, int layer) -> (Tensor, Tensor)");
+  m.def(
+      "attend_heads(Tensor queries, Tensor own, Tensor rows, Tensor kv, Tensor? scales, int layer, "
+      "int window, bool prompt, ScalarType out_dtype, Tensor(a!)? scratch) -> Tensor");
+  m.def("best_logits(Tensor y, Tensor(a!) logits, Tensor(b!)? scratch) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saltire, CPU, m) {

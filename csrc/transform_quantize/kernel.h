@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/token_scale.h"
 #include "transform_quantize/op.h"
-#include "transform_quantize/scale.h"
 
 namespace saltire::transform_quantize {
 namespace {

@@ -2,8 +2,8 @@
 #include <cstring>
 
 #include "core/cpu/half.h"
+#include "core/token_scale.h"
 #include "transform_quantize/op.h"
-#include "transform_quantize/scale.h"
 
 namespace saltire::transform_quantize {
 namespace {

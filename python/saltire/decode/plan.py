@@ -45,7 +45,8 @@ class SkipPlanner:
 
     def trace(self, rows: int) -> Tensor:
         """Where a step leaves the states of its wanted rows: f32 [2L + 1, rows, D]."""
-        return torch.empty(2 * self.decoder.layers + 1, rows, self.decoder.sizes.hidden)
+        shape = (2 * self.decoder.layers + 1, rows, self.decoder.sizes.hidden)
+        return torch.empty(shape, device=self.decoder.device)
 
     def plans(self, cache: KVCache, sequence: int, position: int, states: Tensor) -> list[Plan]:
         """The best found plan for 1 to ``most`` skipped, from one verified token.
@@ -57,8 +58,9 @@ class SkipPlanner:
         truth = states[::stride]
         # held[j] is g(i, j); row 0 is the whole model's own state, never computed again.
         held = truth[0:1]
-        kept = torch.zeros(L, self.most + 1, dtype=torch.uint8)
-        cosines = torch.ones(1)
+        kept = torch.zeros(L, self.most + 1, dtype=torch.uint8, device=states.device)
+        one = torch.ones(1, device=states.device)
+        cosines = one
         for i in range(L):
             run = min(held.shape[0] - 1, self.most)
             skipped = held[: self.most]  # g(i, j - 1) for j = 1, ...
@@ -75,9 +77,10 @@ class SkipPlanner:
                 only = torch.nn.functional.cosine_similarity(last, truth[i + 1][None])
                 chosen, cosine = torch.cat([chosen, last]), torch.cat([cosine, only])
             held = torch.cat([truth[i + 1][None], chosen])
-            cosines = torch.cat([torch.ones(1), cosine])
+            cosines = torch.cat([one, cosine])
         kept[:, 0] = 1
-        return [self._plan(kept, j, float(cosines[j])) for j in range(1, self.most + 1)]
+        kept, all_cosines = kept.cpu(), cosines.tolist()
+        return [self._plan(kept, j, all_cosines[j]) for j in range(1, self.most + 1)]
 
     def _run(self, cache: KVCache, sequence: int, position: int, step: int, states: Tensor) -> None:
         units = torch.zeros(self.decoder.layers, dtype=torch.uint8)

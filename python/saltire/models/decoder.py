@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.models.kv_rounding import kv_bits
-from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights, LinearWeights
+from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights
+from saltire.nn.device_decoder import DeviceDecoder
 from saltire.nn.kv_cache import CODE_BITS
+from saltire.nn.native_decoder import NativeDecoder
 from saltire.ops.decoder_layer import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -23,17 +25,51 @@ CACHE_DTYPES = {16: torch.float32, **{bits: dtype for dtype, bits in CODE_BITS.i
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
+def _as_it_is(name: str, module: nn.Module) -> nn.Module:
+    return module
+
+
 def build_decoder(
-    model: PreTrainedModel,
-    linear: Callable[[str, nn.Module], LinearWeights] = LinearWeights.of,
+    model: PreTrainedModel, linear: Callable[[str, nn.Module], nn.Module] = _as_it_is
 ) -> Decoder:
-    """A ``Decoder`` on the weights of a Llama, Mistral, Qwen2 or Qwen3 model on the CPU.
+    """A ``Decoder`` on the weights of a Llama, Mistral, Qwen2 or Qwen3 model.
 
-    linear: how a named linear layer is read; by default as it is.
+    linear: what stands for a named linear layer; by default itself.
 
-    Training the model afterwards changes the decoder too; moving or casting it does not. Raises
+    On the CPU, training the model afterwards changes the decoder too; moving or casting it does
+    not. On a CUDA device the decoder has copies of its own, dense ones in bfloat16. Raises
     SaltireError, naming what it is, for anything in the model that the decoder cannot run.
     """
+    weights, dtype = _weights(model, linear), CACHE_DTYPES[kv_bits(model)]
+    if weights[2].device.type == "cuda":
+        return DeviceDecoder(*weights, torch.bfloat16 if dtype == torch.float32 else dtype)
+    return NativeDecoder(*weights, dtype)
+
+
+def build_device_decoder(
+    model: PreTrainedModel,
+    linear: Callable[[str, nn.Module], nn.Module] = _as_it_is,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> DeviceDecoder:
+    """What ``build_decoder`` makes on a CUDA device, with dtypes to choose; on the CPU too, where
+    it is slow: its parts then are their specification."""
+    return DeviceDecoder(*_weights(model, linear), cache_dtype, dtype)
+
+
+Weights = tuple[
+    DecoderSizes,
+    float,
+    Tensor,
+    nn.Module,
+    Tensor,
+    Iterable[LayerWeights],
+    Callable[[Tensor], tuple[Tensor, Tensor]],
+]
+
+
+def _weights(model: PreTrainedModel, linear: Callable[[str, nn.Module], nn.Module]) -> Weights:
+    """What both kinds of decoders are made of; layers come one after another."""
     config = model.config
     adapter = adapter_for(config)
     _check_config(config)
@@ -51,10 +87,10 @@ def build_decoder(
         vocabulary=embedding.weight.shape[0],
         positions=config.max_position_embeddings,
     )
-    layers = [
+    layers = (
         _layer(block, adapter.groups, _window(config, index), linear)
         for index, block in enumerate(adapter.blocks(model))
-    ]
+    )
     rotary: Any = body.get_submodule("rotary_emb")
 
     def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +98,7 @@ def build_decoder(
         return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     norm: Any = body.get_submodule("norm")
-    return Decoder(
+    return (
         sizes,
         config.rms_norm_eps,
         embedding.weight,
@@ -70,7 +106,6 @@ def build_decoder(
         norm.weight,
         layers,
         rotation,
-        CACHE_DTYPES[kv_bits(model)],
     )
 
 
@@ -109,7 +144,7 @@ def _layer(
     block: nn.Module,
     groups: tuple[tuple[str, ...], ...],
     window: int,
-    linear: Callable[[str, nn.Module], LinearWeights],
+    linear: Callable[[str, nn.Module], nn.Module],
 ) -> LayerWeights:
     attention = block.get_submodule("self_attn")
 
@@ -126,6 +161,6 @@ def _layer(
         post_norm=post_norm,
         q_norm=norm(attention, "q_norm"),
         k_norm=norm(attention, "k_norm"),
-        linears=tuple(linear(name, block.get_submodule(name)) for name in names),
+        linears={name: linear(name, block.get_submodule(name)) for name in names},
         window=window,
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saltire import ops
 from saltire.errors import SaltireError
 from saltire.models.decoder import build_decoder
-from saltire.nn.decoder import Decoder, LinearWeights
+from saltire.nn.decoder import Decoder
 from saltire.nn.linear_format import LinearFormat
 from saltire.nn.quant_linear import QuantLinear
 
@@ -35,13 +35,13 @@ def rounded_decoder(model: PreTrainedModel, bits: int = 4, group: int = 32) -> D
         weight_bits=bits, act_bits=8, group=group, zero_points=True, scale_dtype="float16"
     )
 
-    def linear(name: str, module: nn.Module) -> LinearWeights:
+    def linear(name: str, module: nn.Module) -> nn.Module:
         if not isinstance(module, nn.Linear):
             raise SaltireError(
                 f"{name} is a {type(module).__name__}; rounding starts from nn.Linear. Give the "
                 "draft as a model of its own."
             )
-        return LinearWeights.of(name, round_linear(module, format))
+        return round_linear(module, format)
 
     return build_decoder(model, linear)
 

@@ -36,6 +36,7 @@ class KVCache:
         sequences: int,
         slots: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         if dtype not in CACHE_DTYPES:
             raise SaltireError(f"a cache of {dtype}; expected one of {list(CACHE_DTYPES)}.")
@@ -47,9 +48,10 @@ class KVCache:
         self.dtype, bits = dtype, CODE_BITS.get(dtype)
         shape = (layers, 2, sequences, kv_heads, slots, head_dim * (bits or 8) // 8)
         # Zeros, not whatever was there: a NaN behind the committed length would not stay there.
-        self.kv = torch.zeros(shape, dtype=torch.uint8 if bits else dtype)
+        self.kv = torch.zeros(shape, dtype=torch.uint8 if bits else dtype, device=device)
         grids = (*shape[:-2], 2, slots)
-        self.scales = torch.zeros(grids, dtype=torch.float16) if bits else None
+        f16 = torch.float16
+        self.scales = torch.zeros(grids, dtype=f16, device=device) if bits else None
         self.lengths = [0] * sequences
 
     @property
@@ -105,7 +107,7 @@ class KVCache:
 
     def reorder(self, sequences: Sequence[int]) -> None:
         """Let sequence b go on from what sequence ``sequences[b]`` holds."""
-        index = torch.tensor(list(sequences))
+        index = torch.tensor(list(sequences), device=self.kv.device)
         self.kv = self.kv.index_select(2, index)
         if self.scales is not None:
             self.scales = self.scales.index_select(2, index)

@@ -6,7 +6,7 @@
 
 #include "core/both.h"
 
-namespace saltire::transform_quantize {
+namespace saltire {
 
 // largest: the greatest of the tokens' bit patterns without their sign. Ordered as integers, they
 // are ordered as magnitudes, with infinity and NaN above all numbers: one integer maximum finds the
@@ -31,4 +31,4 @@ static SALTIRE_BOTH float choose_scale(uint32_t largest, float clip_over_q, floa
   return 1.0f / s;
 }
 
-}  // namespace saltire::transform_quantize
+}  // namespace saltire
