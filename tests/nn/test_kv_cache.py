@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from saltire.errors import SaltireError
+from saltire.models.cache_argument import cache_argument
 from saltire.models.decoder import build_decoder
 from saltire.models.kv_rounding import kv_bits, rounded, set_kv_bits
 from saltire.models.saving import save_checkpoint
@@ -114,8 +115,9 @@ def test_a_cache_gives_the_plain_forwards_logits(kind: str) -> None:
         if kind == "dynamic"
         else StaticCache(config=model.config, max_cache_len=48)
     )
+    given = {cache_argument(model): cache}
     pieces = [
-        model(torch.tensor([TOKENS[a:b]]), past_key_values=cache, use_cache=True).logits[0]
+        model(torch.tensor([TOKENS[a:b]]), use_cache=True, **given).logits[0]
         for a, b in ((0, 20), (20, 21), (21, 40))
     ]
     torch.testing.assert_close(

@@ -53,7 +53,7 @@ def test_a_searched_grid_is_no_worse_than_the_full_range() -> None:
     w = torch.randn(16, 128)
     w[:, 0] *= 20
     searched = choose_grid(w, torch.ones(128), 4, 0, False, torch.float32)
-    full = choose_grid(w, torch.ones(128), 4, 0, False, torch.float32, candidates=2)
+    full = Grid(w.abs().amax(1, keepdim=True) / 7, torch.full((16, 1), 8.0), 4)
 
     def loss(grid: Grid) -> float:
         codes = torch.stack([grid.codes(w[:, k], 0) for k in range(128)], dim=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saltire.errors import SaltireError
+from saltire.quant import texts
 from saltire.quant.evaluate import measure_speed, perplexity
 from saltire.quant.texts import calibration_tokens, evaluation_tokens, source_text
 from tests.tiny import random_tokens, tiny_model, tiny_tokenizer
@@ -101,6 +102,19 @@ def test_sampling_from_the_model_follows_its_distribution() -> None:
         one, calibration_tokens("self", model, TOKENIZER, samples=3, length=20, seed=4)
     )
     assert len(one.unique()) > 10, "sampled greedily"
+
+
+def test_what_is_sampled_does_not_depend_on_who_computes_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    ours = calibration_tokens("self", model, TOKENIZER, samples=3, length=24)
+
+    def refuse(model: object) -> None:
+        raise SaltireError("another architecture")
+
+    monkeypatch.setattr(texts, "build_decoder", refuse)
+    assert torch.equal(calibration_tokens("self", model, TOKENIZER, samples=3, length=24), ours)
 
 
 def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
+from saltire.models.cache_argument import cache_argument
 from saltire.reference.kv_cache import KV_BITS, read_heads, rotate_heads, round_heads
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class _Hook:
 
     def __init__(self, module: nn.Module, bits: int) -> None:
         self.bits = bits
-        parameters = inspect.signature(module.forward).parameters
-        # transformers called it past_key_values before it called it cache.
-        self.name = "cache" if "cache" in parameters else "past_key_values"
+        self.name = cache_argument(module)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from saltire.errors import SaltireError
+from saltire.models.cache_argument import cache_argument
 from saltire.progress import track
+from saltire.quant.float32_sums import float32_sums
 
 LOGIT_CHUNK = 256  # tokens whose logits are turned into float32 log-probabilities at once
+PATIENCE = 20.0  # seconds after which a timing begins no other run
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def perplexity(model: Any, tokens: Tensor, label: str = "measuring perplexity") 
     total = 0.0
     for index, window in enumerate(track(tokens, label)):
         window = window.to(model.device)
-        logits = model(window[None], use_cache=False).logits[0, :-1]
+        with float32_sums(model):
+            logits = model(window[None], use_cache=False).logits[0, :-1]
         loss = sum(
             float(torch.nn.functional.cross_entropy(part.float(), label_part, reduction="sum"))
             for part, label_part in zip(
@@ -69,9 +73,11 @@ def measure_speed(
     """Prefill of a prompt and greedy decoding after it, through transformers' forward and cache.
 
     prompt: int64 [T]. Prefill counts T tokens over one forward that gives the last logits; decode
-    counts tokens one by one. One warm-up run, then medians.
+    counts tokens one by one. One warm-up run, then medians over ``repeats`` runs, or over
+    fewer once 20 s are spent.
     """
-    prompt = prompt[None].to(model.device)
+    begin = time.perf_counter()
+    prompt, cache = prompt[None].to(model.device), cache_argument(model)
     prefills: list[float] = []
     steps: list[float] = []
     for repeat in track(range(repeats + 1), label):
@@ -81,11 +87,13 @@ def measure_speed(
         for _ in range(new_tokens if repeat else 2):
             step = out.logits[:, -1:].argmax(-1)
             start = time.perf_counter()
-            out = model(step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(step, use_cache=True, **{cache: out[cache]})
             seconds.append(time.perf_counter() - start)
         if repeat:
             prefills.append(seconds[0])
             steps.extend(seconds[1:])
+            if time.perf_counter() - begin > PATIENCE:
+                break
     low, middle, high = statistics.quantiles(steps, n=4)
     return Speed(
         prefill=prompt.shape[1] / statistics.median(prefills),

@@ -14,6 +14,7 @@ from torch import Tensor
 from saltire.errors import SaltireError
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
+COARSE, FINE = 13, 4  # ranges of a grid that are tried, and steps to the next on either side
 BLOCK = 64  # columns rounded before their error is applied to all later ones at once
 
 
@@ -42,9 +43,8 @@ def choose_grid(
     group: int,
     zero_points: bool,
     scale_dtype: torch.dtype,
-    candidates: int = 48,
 ) -> Grid:
-    """The scales (and zeros) that lose least, by search over shrunken ranges.
+    """The scales (and zeros) that lose least, by search over shrunken ranges: coarse, then fine.
 
     w: float [N, K]; importance: float [K], the power of each input. Returns scales rounded to
     ``scale_dtype``, so that codes are chosen for the scale that will be stored.
@@ -66,19 +66,33 @@ def choose_grid(
     best = torch.full_like(full, float("inf"))
     best_scale = full.clone()
     best_zero = torch.full_like(full, middle if middle is not None else 0.0)
-    least = 0.25 if bits == 2 else 0.4  # 2-bit grids clip hard: their best range is far inside
-    for step in range(candidates):
-        shrink = 1.0 - (1.0 - least) * step / (candidates - 1)
+    best_shrink = torch.ones_like(full)
+
+    def consider(shrink: Tensor) -> None:
         scale = (full * shrink).clamp_min(tiny).to(scale_dtype).to(w.dtype)
         zero = (-low * shrink / scale).round() if middle is None else best_zero.new_tensor(middle)
         zero = zero.expand_as(scale)
-        codes = (blocks / scale[..., None] + zero[..., None]).round_().clamp_(0, top)
-        error = ((codes - zero[..., None]) * scale[..., None] - blocks).square_()
-        loss = (error * weight).sum(-1)
+        codes = (blocks / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, top)
+        error = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(blocks).square_()
+        loss = torch.einsum("ngk,gk->ng", error, weight)
         better = loss < best
-        best = torch.where(better, loss, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        for kept, found in (
+            (best, loss),
+            (best_scale, scale),
+            (best_zero, zero),
+            (best_shrink, shrink),
+        ):
+            torch.where(better, found, kept, out=kept)
+
+    # 2-bit grids clip hard: their best range is far inside.
+    least = 0.25 if bits == 2 else 0.4
+    for step in range(COARSE):
+        consider(torch.full_like(full, 1.0 - (1.0 - least) * step / (COARSE - 1)))
+    around, spacing = best_shrink.clone(), (1.0 - least) / (COARSE - 1)
+    for step in range(1, FINE):
+        for sign in (-1.0, 1.0):
+            offset = sign * spacing * step / FINE
+            consider((around + offset).clamp(least, 1.0))
     # A group of zeros has scale 0: any positive scale represents it.
     best_scale = torch.where(best_scale > 0, best_scale, torch.ones_like(best_scale))
     return Grid(best_scale.to(scale_dtype).to(w.dtype), best_zero, bits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from saltire.errors import MissingExtraError, SaltireError
+from saltire.models.cache_argument import cache_argument
+from saltire.models.decoder import build_decoder
 from saltire.progress import track
 
 MAX_CHARACTERS = 20_000_000  # read of one source: far more than any calibration needs
@@ -118,14 +120,40 @@ def sample_from_model(model: Any, tokenizer: Any, samples: int, length: int, see
         rows.append(prefix + tokenizer(opening, add_special_tokens=False)["input_ids"])
     short = min(min(map(len, rows)), length - 1)  # openings are cut to one length
     tokens = torch.tensor([row[:short] for row in rows])
-    cache, step = None, tokens
+    step, after = tokens, _logits_after(model, len(rows), length)
     for _ in track(range(length - short), "sampling calibration text"):
-        out = model(step.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+        probabilities = after(step).float().softmax(-1).cpu()
         step = torch.multinomial(probabilities, 1, generator=generator)
         tokens = torch.cat([tokens, step], dim=1)
     return tokens
+
+
+def _logits_after(model: Any, samples: int, length: int) -> Callable[[Tensor], Tensor]:
+    """A function from the next tokens of every text, [samples, n], to the logits after them.
+
+    Our own decoder on a CPU, three times as fast, where it can run the model.
+    """
+    try:
+        decoder = build_decoder(model) if model.device.type == "cpu" else None
+    except SaltireError:
+        decoder = None
+    if decoder is not None:
+        slots = decoder.new_cache(samples, length)
+
+        def ours(tokens: Tensor) -> Tensor:
+            run = decoder.step if tokens.shape[1] == 1 else decoder.prefill
+            return run(slots, tokens.tolist()).logits
+
+        return ours
+    name, cache = cache_argument(model), None
+
+    def theirs(tokens: Tensor) -> Tensor:
+        nonlocal cache
+        out = model(tokens.to(model.device), use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = out[name]
+        return out.logits[:, -1]
+
+    return theirs
 
 
 def _read(path: Path) -> str:
