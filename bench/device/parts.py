@@ -58,6 +58,7 @@ BENCHES = [
     _bench("transform_quantize", 40),
     _bench("lowbit_gemm", 90),
     _bench("linears_of_8b", 60),
+    _bench("token_stats", 40),
 ]
 SANITIZERS = [_sanitizer(tool, 90) for tool in ("memcheck", "racecheck", "synccheck")]
 

@@ -41,7 +41,25 @@ def products() -> None:
             assert error < 1e-5, f"M={M} bits={bits} group={group}: {error}"
 
 
-CASES: list[Callable[[], None]] = [transforms, products]
+def statistics() -> None:
+    """Rows off 16 bytes, both routes of the linear form, all gradients."""
+    labels = torch.randint(0, 333, (5,))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 333).to(dtype)
+        hidden, head = torch.randn(5, 40).to(dtype), torch.randn(333, 40).to(dtype)
+        for inputs, op in (([x], ops.token_stats), ([hidden, head], ops.linear_token_stats)):
+            found = []
+            for device in ("cpu", "cuda"):
+                own = [t.detach().to(device).requires_grad_() for t in inputs]
+                stats = op(*own, labels.to(device), softcap=20.0)
+                total = (stats.logprob + stats.entropy).sum()
+                found.append([total.detach(), *torch.autograd.grad(total, own)])
+            for want, got in zip(*found, strict=True):
+                error = (got.cpu().float() - want.float()).norm()
+                assert error < 1e-2 * want.float().norm(), f"{op.__name__} {dtype}: {error}"
+
+
+CASES: list[Callable[[], None]] = [transforms, products, statistics]
 
 
 def main() -> None:

@@ -60,6 +60,11 @@ constexpr MmaStage sm90_stage(int rows, int container, int group_steps) {
           group_steps == 0 ? 0 : blocks * 4 / group_steps * kLongestLine, kTileTokens * kSlab};
 }
 
+// Whether tiles of 256 rows leave registers enough: groups of 32 and 64 do not.
+constexpr bool sm90_has_high_tiles(int group_steps) {
+  return group_steps == 0 || group_steps == 4;
+}
+
 constexpr int sm90_stages(const MmaStage& stage) {
   constexpr int kShared = 227 * 1024 - kSm90Barriers;
   const int fit = kShared / stage.bytes();

@@ -283,10 +283,9 @@ DevicePlan plan_sm90(const DeviceProblem& p, const cuda::Device& device) {
   plan.route = Route::sm90;
   plan.tokens = 128;
   plan.token_blocks = ceil_div(p.M, plan.tokens);
-  // The higher tile reads tokens half as often; it takes many tiles to be worth the uneven end, and
-  // groups of 32 leave it no registers.
+  // The higher tile reads tokens half as often; it takes many tiles to be worth the uneven end.
   const bool high = int64_t{ceil_div(l.n, 256)} * plan.token_blocks >= 2 * device.multiprocessors;
-  plan.rows = high && l.group != 32 ? 256 : 128;
+  plan.rows = high && sm90_has_high_tiles(group_steps(l)) ? 256 : 128;
   plan.blocks = ceil_div(l.n, plan.rows);
   plan.threads = kSm90Threads;
   const MmaStage stage = sm90_stage(plan.rows, container_bits(l.bits), group_steps(l));

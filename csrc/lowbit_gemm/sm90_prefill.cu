@@ -42,7 +42,6 @@ struct Shared {
   static constexpr int kCodes = 4 * kPieces<bits> * kPiece;  // bytes of a row block's slab
   static constexpr MmaStage kStage = sm90_stage(kBlocks * kRowBlock, bits == 4 ? 4 : 2, steps);
   static constexpr int kStages = sm90_stages(kStage);
-  static constexpr int kTables = kStage.tokens + kStage.codes;
   static_assert(kStage.bytes() % 1024 == 0, "every stage's tokens start where the swizzle does");
 };
 
@@ -97,8 +96,8 @@ SALTIRE_DEVICE void ask_for_stage(const Task& task, const TensorMap* x, const Tu
                task.codes + (block * task.slabs + slab) * S::kCodes, S::kCodes, full);
     if constexpr (kLines > 0) {
       const int64_t line = block * task.padded_groups + slab * kLines;
-      copy_bytes(to + S::kTables + b * kLines * kLongestLine, task.tables + line * task.line_bytes,
-                 lines, full);
+      copy_bytes(to + S::kStage.tokens + S::kStage.codes + b * kLines * kLongestLine,
+                 task.tables + line * task.line_bytes, lines, full);
     }
   }
 }
@@ -230,9 +229,9 @@ SALTIRE_DEVICE void compute_tile(const Task& task, const Lane& at, const Tile& t
       const Slab<bits> w = read_slab<bits>(
           from + S::kStage.tokens + block * S::kCodes + at.tile * kPieces<bits> * kPiece, at.lane);
       if constexpr (kGrouped) {
-        multiply_groups<bits, steps>(
-            task, at, w, b, from + S::kTables + block * lines_of_slab(steps) * kLongestLine,
-            sum[h]);
+        const unsigned char* const tables = from + S::kStage.tokens + S::kStage.codes;
+        multiply_groups<bits, steps>(task, at, w, b,
+                                     tables + block * lines_of_slab(steps) * kLongestLine, sum[h]);
       } else {
         start_slab<bits>(w, b, slab > 0, a[h], dot[h]);
       }
@@ -317,7 +316,7 @@ void run_as(const Task& task, const TensorMap& x, const DevicePlan& plan, const 
 template <int bits, int steps>
 void run_with(const Task& task, const TensorMap& x, const DevicePlan& plan,
               const cuda::Launch& how) {
-  if constexpr (steps != 1) {
+  if constexpr (sm90_has_high_tiles(steps)) {
     if (plan.rows == 256) return run_as<bits, steps, 2>(task, x, plan, how);
   }
   run_as<bits, steps, 1>(task, x, plan, how);

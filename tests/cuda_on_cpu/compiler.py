@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,10 +40,10 @@ def nvcc() -> str | None:
 
 def nvdisasm() -> str | None:
     """The disassembler: of its PyPI wheel, or of a CUDA toolkit."""
-    site = Path(sysconfig.get_paths()["purelib"])
-    for folder in sorted(site.glob("nvidia/cu*/bin"), reverse=True):
-        if (folder / "nvdisasm").exists():
-            return str(folder / "nvdisasm")
+    for site in map(Path, sys.path):
+        for folder in sorted(site.glob("nvidia/cu*/bin"), reverse=True):
+            if (folder / "nvdisasm").exists():
+                return str(folder / "nvdisasm")
     return shutil.which("nvdisasm")
 
 
@@ -96,6 +96,9 @@ def _read(report: str, sass: str) -> tuple[dict[str, Kernel], list[str]]:
         if found := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
             current = kernels.get(found[1])
         if current and (found := instruction.match(line)):
-            current.opcodes.append(found[1])
+            # ptxas leaves loops of whole blocks by a CALL without a return address: to a label of
+            # the same kernel, so it is a jump.
+            jump = found[1].startswith("CALL") and "`(.L_x_" in line
+            current.opcodes.append("JUMP" if jump else found[1])
     warnings = [line for line in report.splitlines() if "warning" in line.lower()]
     return kernels, warnings

@@ -70,6 +70,10 @@ INTENDED: list[tuple[str, str, str]] = [
     ("lowbit_gemm/sm80_prefill", "multiply_tilesILi4ELb0", "IMMA.16832.S8.S8"),
     ("lowbit_gemm/sm90_prefill", "multiply_tiles", "IGMMA.64x128x32.S8.S8"),
     ("lowbit_gemm/sm90_prefill", "multiply_tiles", "UTMALDG.2D"),
+    ("token_stats/kernel_rows", "stats_of_rows", "MUFU.EX2"),
+    ("token_stats/kernel_rows", "stats_of_rows", "LDG.E.128"),
+    ("token_stats/kernel_mma", "multiply_tiles", "HMMA.16816.F32.BF16"),
+    ("token_stats/kernel_mma", "multiply_tiles", "LDGSTS"),
 ]
 
 

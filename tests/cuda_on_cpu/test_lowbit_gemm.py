@@ -273,6 +273,7 @@ PLANS = [
     (H100, 64, 14336, 4096, 128, 8, "mma rows=64 tokens=64 blocks=132x1"),
     (H100, 128, 4096, 4096, 128, 8, "mma rows=64 tokens=64 blocks=66x2"),
     (H100, 4096, 8192, 8192, 128, 4, "sm90 rows=256 tokens=128 blocks=32x32 threads=384"),
+    (H100, 4096, 8192, 8192, 64, 4, "sm90 rows=128 tokens=128 blocks=64x32 threads=384"),
     (H100, 512, 4096, 4096, 0, 4, "sm90 rows=128 tokens=128 blocks=32x4 threads=384"),
     (A100, 4096, 8192, 8192, 128, 4, "sm80 rows=128 tokens=128 blocks=64x32 threads=256"),
     (A100, 4096, 8192, 8192, 0, 8, "sm80 rows=128 tokens=128 blocks=64x32 threads=256"),

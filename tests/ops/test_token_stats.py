@@ -14,7 +14,7 @@ from torch import Tensor
 from saltire import ops
 from saltire.errors import SaltireError
 from saltire.ops import force_isa
-from saltire.ops.token_stats import merge_shards, top_entropy_mask
+from saltire.ops.token_stats import _Arguments, merge_shards, top_entropy_mask
 from saltire.reference import token_stats as reference
 
 # Vocabularies: one token; inside a vector; off the vector width; over one block of 2,048.
@@ -242,6 +242,21 @@ def test_labels_out_of_range_are_refused_with_their_index(isa, linear) -> None:
     inputs = (torch.zeros(4, 2), torch.zeros(8, 2)) if linear else (torch.zeros(4, 8),)
     with pytest.raises(SaltireError, match=r"labels\[2\] is 8, outside the vocabulary of 8"):
         op(*inputs, labels)
+
+
+def test_a_device_names_the_arguments_that_the_cpu_refuses() -> None:
+    """There they are looked at after the pass, for bad ones have made statistics NaN."""
+    for change in (
+        {"labels": torch.tensor([0, 9, -3])},
+        {"temperature": torch.tensor([1.0, 0, 2])},
+    ):
+        given = {"labels": torch.tensor([0, -100, 7]), "temperature": 0.5, **change}
+        with pytest.raises(SaltireError) as refused:
+            ops.token_stats(torch.zeros(3, 8), **given)
+        with pytest.raises(SaltireError) as blamed:
+            _Arguments("token_stats", given["labels"], given["temperature"], -100, 8).blame()
+        assert str(blamed.value) == str(refused.value)
+    _Arguments("token_stats", torch.tensor([0, -100, 7]), 0.5, -100, 8).blame()
 
 
 def test_tokens_without_a_distribution_are_named(isa) -> None:

@@ -228,6 +228,20 @@ SALTIRE_DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp: no slow path, hence no call beside tensor cores.
+SALTIRE_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The greater one; NaN if either is, where fmaxf would drop it.
+SALTIRE_DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // 1 / √x to 2 ulp.
 SALTIRE_DEVICE float rsqrt_fast(float x) {
   float y;

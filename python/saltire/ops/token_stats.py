@@ -60,6 +60,7 @@ def token_stats(
 
     Raises SaltireError for a label out of range (with its index) and, unless ``check`` is false,
     for a token whose logits hold a NaN or are all masked; without the check its statistics are NaN.
+    On a CUDA device the check waits for the result, and labels and temperatures are part of it.
     """
     shape, V = logits.shape[:-1], logits.shape[-1]
     try:
@@ -74,7 +75,8 @@ def token_stats(
         )
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
-    return _finish(raw, shape, labels is not None, check)
+    arguments = _Arguments("token_stats", labels, temperature, ignore_index, vocabulary or V)
+    return _finish(raw, shape, arguments, check)
 
 
 def linear_token_stats(
@@ -111,7 +113,10 @@ def linear_token_stats(
         )
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
-    return _finish(raw, shape, labels is not None, check)
+    arguments = _Arguments(
+        "linear_token_stats", labels, temperature, ignore_index, vocabulary or head.shape[0]
+    )
+    return _finish(raw, shape, arguments, check)
 
 
 def merge_shards(shards: Sequence[TokenStats]) -> TokenStats:
@@ -239,17 +244,49 @@ def _as_stats(parts: Sequence[Tensor]) -> TokenStats:
     return TokenStats(logprob, entropy, lse, argmax, max_logit, log_sum)
 
 
-def _finish(raw: Sequence[Tensor], shape: torch.Size, labelled: bool, check: bool) -> TokenStats:
+@dataclass(frozen=True)
+class _Arguments:
+    """What the CPU checks before the pass, and a CUDA device marks with NaN."""
+
+    op: str
+    labels: Tensor | None
+    temperature: float | Tensor
+    ignore_index: int
+    vocabulary: int
+
+    def blame(self) -> None:
+        """Raise SaltireError for the first argument that is out of range, as the CPU's op does."""
+        t = torch.as_tensor(self.temperature, dtype=torch.float32).reshape(-1)
+        for i in (~(t.isfinite() & (t > 0))).nonzero().flatten()[:1].tolist():
+            raise SaltireError(
+                f"{self.op}: temperature[{i}] is {float(t[i]):g}; it must be finite and above 0."
+            )
+        if self.labels is None:
+            return
+        labels = self.labels.reshape(-1)
+        outside = (labels < 0) | (labels >= self.vocabulary)
+        for i in (outside & (labels != self.ignore_index)).nonzero().flatten()[:1].tolist():
+            raise SaltireError(
+                f"{self.op}: labels[{i}] is {int(labels[i])}, outside the vocabulary of "
+                f"{self.vocabulary}. Use ignore_index = {self.ignore_index} for tokens that have "
+                "no label."
+            )
+
+
+def _finish(
+    raw: Sequence[Tensor], shape: torch.Size, arguments: _Arguments, check: bool
+) -> TokenStats:
     # FSDP warns of a forward that returns views; most callers have one row of tokens anyway.
     same = len(shape) == 1
     stats = _as_stats([value if same else value.view(shape) for value in raw])
     if check and not torch.compiler.is_compiling() and bool(stats.log_sum.isnan().any()):
+        arguments.blame()
         token = stats.log_sum.isnan().nonzero()[0].tolist()
         raise SaltireError(
             f"token_stats: the logits of token {token if len(token) > 1 else token[0]} hold a NaN "
             "or +inf, or all are masked, so it has no distribution. Look at what computed them."
         )
-    if labelled:
+    if arguments.labels is not None:
         return stats
     return TokenStats(
         None, stats.entropy, stats.logsumexp, stats.argmax, stats.max_logit, stats.log_sum
@@ -281,9 +318,11 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
 def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     (M, D), V = hidden.shape, head.shape[0]
     wants_hidden, wants_head, wants_bias = rest[-3:]
+    # A device sums dW over all tokens before it stores it, and so rounds it once, there.
+    kind = head.dtype if head.is_cuda else torch.float32
     return (
         hidden.new_empty((M if wants_hidden else 0, D), dtype=torch.float32),
-        hidden.new_empty((V if wants_head else 0, D), dtype=torch.float32),
+        hidden.new_empty((V if wants_head else 0, D), dtype=kind),
         hidden.new_empty((V if wants_bias else 0,), dtype=torch.float32),
     )
 

@@ -36,10 +36,10 @@ struct Copy {
 
 // A product of a warpgroup under way: registers stay where they are.
 struct Product {
-  int32_t* d;
-  const uint32_t* a;
-  uint64_t b;
-  bool add;
+  void* d;            // int32 [64], or float [128] of bf16 operands
+  const uint32_t* a;  // registers; null: a_operand names it
+  uint64_t a_operand, b;
+  bool add, a_along_rows, b_along_rows;
 };
 
 struct Thread {

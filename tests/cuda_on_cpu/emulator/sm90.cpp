@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 
+#include "core/cpu/half.h"
+
 namespace emulator {
 namespace {
 
@@ -115,7 +117,13 @@ void begin_products() {
 
 void multiply_128(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   if (!current->registers_ready) stop("a product before begin_products");
-  current->open_products.push_back({d, a, b, add});
+  current->open_products.push_back({d, a, 0, b, add, false, false});
+}
+
+void multiply_256(float (&d)[128], uint64_t a, uint64_t b, bool add, bool a_along_rows,
+                  bool b_along_rows) {
+  if (!current->registers_ready) stop("a product before begin_products");
+  current->open_products.push_back({d, nullptr, a, b, add, a_along_rows, b_along_rows});
 }
 
 void commit_products() {
@@ -126,42 +134,102 @@ void commit_products() {
 
 namespace {
 
-// The products of one warp at a place in its queue: 16 rows x 128 columns x 32 inputs each.
-void multiply(void** records) {
-  const auto queue = [&](int l) -> std::vector<Product>& {
-    return *static_cast<std::vector<Product>*>(records[l]);
+// 16 bytes of shared memory at an address before the swizzle, which is of addresses: bits 4..6 are
+// xored with bits 7..9.
+void read_swizzled(void* to, uint32_t plain) {
+  const unsigned char* const from = shared_memory() + (plain ^ (plain >> 7 & 7) << 4);
+  reads(from, 16);
+  std::memcpy(to, from, 16);
+}
+
+uint32_t field(uint64_t operand, int shift) {
+  return static_cast<uint32_t>(operand >> shift & 0x3fff) << 4;
+}
+
+using Queue = std::vector<Product>;
+
+// 16 rows x 128 columns x 32 inputs of signed bytes.
+void multiply_bytes(void** records, size_t i) {
+  const auto product = [&](int l) -> const Product& {
+    return (*static_cast<Queue*>(records[l]))[i];
   };
-  for (size_t i = 0; i < queue(0).size(); ++i) {
-    const uint64_t operand = queue(0)[i].b;
-    if ((operand >> 62) != 1 || (operand >> 32 & 0x3fff) != 64) stop("a malformed operand B");
-    const auto start = static_cast<uint32_t>(operand & 0x3fff) << 4;
-    int8_t a[16][32], b[128][32];
-    for (int n = 0; n < 128; ++n) {
-      for (int c = 0; c < 2; ++c) {
-        // The swizzle is of addresses: bits 4..6 are xored with bits 7..9.
-        const uint32_t plain = start + static_cast<uint32_t>(n * 128 + c * 16);
-        const unsigned char* const from = shared_memory() + (plain ^ (plain >> 7 & 7) << 4);
-        reads(from, 16);
-        std::memcpy(b[n] + 16 * c, from, 16);
+  const uint32_t start = field(product(0).b, 0);
+  int8_t a[16][32], b[128][32];
+  for (int n = 0; n < 128; ++n) {
+    for (int c = 0; c < 2; ++c) {
+      read_swizzled(b[n] + 16 * c, start + static_cast<uint32_t>(n * 128 + c * 16));
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t word = product(l).a[r];
+      std::memcpy(a[g + 8 * (r % 2)] + 4 * t + 16 * (r / 2), &word, 4);
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    const int g = l / 4, t = l % 4;
+    auto* const d = static_cast<int32_t*>(product(l).d);
+    for (int j = 0; j < 64; ++j) {
+      const int8_t* const row = a[g + 8 * (j % 4 / 2)];
+      const int8_t* const column = b[j / 4 * 8 + 2 * t + j % 2];
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += row[k] * column[k];
+      d[j] = product(l).add ? d[j] + sum : sum;
+    }
+  }
+}
+
+// Rows first .. first + rows of a bf16 operand, 16 inputs.
+void read_operand(uint64_t operand, bool along_rows, int first, int rows, float (*to)[16]) {
+  const uint32_t start = field(operand, 0), box = field(operand, 16), step = field(operand, 32);
+  const auto at = [](int v) { return static_cast<uint32_t>(v); };
+  uint16_t piece[8];
+  for (int i = 0; i < rows; i += along_rows ? 8 : 1) {
+    const int row = first + i;
+    for (int k = 0; k < 16; k += along_rows ? 1 : 8) {
+      read_swizzled(piece, along_rows ? start + at(row / 64) * box + at(k / 8) * step +
+                                            at(k % 8 * 128 + row % 64 * 2)
+                                      : start + at(row / 8) * step + at(row % 8 * 128 + k * 2));
+      for (int e = 0; e < 8; ++e) {
+        to[i + (along_rows ? e : 0)][k + (along_rows ? 0 : e)] = saltire::bf16_to_f32(piece[e]);
       }
     }
-    for (int l = 0; l < 32; ++l) {
-      const int g = l / 4, t = l % 4;
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t word = queue(l)[i].a[r];
-        std::memcpy(a[g + 8 * (r % 2)] + 4 * t + 16 * (r / 2), &word, 4);
-      }
+  }
+}
+
+// 16 rows x 256 columns x 16 inputs of bf16.
+void multiply_floats(void** records, size_t i) {
+  const auto product = [&](int l) -> const Product& {
+    return (*static_cast<Queue*>(records[l]))[i];
+  };
+  static float a[16][16], b[256][16];
+  const Product& first = product(0);
+  if ((first.a_operand >> 62) != 1) stop("a malformed operand A");
+  read_operand(first.a_operand, first.a_along_rows, current->warp % 4 * 16, 16, a);
+  read_operand(first.b, first.b_along_rows, 0, 256, b);
+  for (int l = 0; l < 32; ++l) {
+    const int g = l / 4, t = l % 4;
+    auto* const d = static_cast<float*>(product(l).d);
+    for (int j = 0; j < 128; ++j) {
+      const float* const row = a[g + 8 * (j % 4 / 2)];
+      const float* const column = b[j / 4 * 8 + 2 * t + j % 2];
+      float sum = product(l).add ? d[j] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+      d[j] = sum;
     }
-    for (int l = 0; l < 32; ++l) {
-      const int g = l / 4, t = l % 4;
-      const Product& mine = queue(l)[i];
-      for (int j = 0; j < 64; ++j) {
-        const int8_t* const row = a[g + 8 * (j % 4 / 2)];
-        const int8_t* const column = b[j / 4 * 8 + 2 * t + j % 2];
-        int32_t sum = 0;
-        for (int k = 0; k < 32; ++k) sum += row[k] * column[k];
-        mine.d[j] = mine.add ? mine.d[j] + sum : sum;
-      }
+  }
+}
+
+// The products of one warp at a place in its queue.
+void multiply(void** records) {
+  const Queue& queue = *static_cast<Queue*>(records[0]);
+  for (size_t i = 0; i < queue.size(); ++i) {
+    if ((queue[i].b >> 62) != 1 || field(queue[i].b, 32) != 1024) stop("a malformed operand B");
+    if (queue[i].a != nullptr) {
+      multiply_bytes(records, i);
+    } else {
+      multiply_floats(records, i);
     }
   }
 }

@@ -145,6 +145,12 @@ SALTIRE_DEVICE float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
+SALTIRE_DEVICE float reciprocal_fast(float x) {
+  return 1.0f / x;
+}
+SALTIRE_DEVICE float max_or_nan(float a, float b) {
+  return a != a || b != b ? a + b : a < b ? b : a;
+}
 SALTIRE_DEVICE float rsqrt_fast(float x) {
   return 1.0f / std::sqrt(x);
 }

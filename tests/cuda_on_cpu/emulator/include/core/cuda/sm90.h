@@ -16,6 +16,8 @@ void begin_products();
 void commit_products();
 void wait_products(int pending);
 void multiply_128(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add);
+void multiply_256(float (&d)[128], uint64_t a, uint64_t b, bool add, bool a_along_rows,
+                  bool b_along_rows);
 
 }  // namespace emulator
 
@@ -66,6 +68,16 @@ template <int registers>
 SALTIRE_DEVICE void grow_registers() {}
 SALTIRE_DEVICE void multiply_128(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   emulator::multiply_128(d, a, b, add);
+}
+
+constexpr int kBoxOfRows = 64 * 128;
+SALTIRE_DEVICE uint64_t operand_along_rows(const void* shared) {
+  return static_cast<uint64_t>(shared_address(shared) >> 4 & 0x3fffu) |
+         uint64_t{kBoxOfRows >> 4} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+}
+template <bool a_along_rows, bool b_along_rows>
+SALTIRE_DEVICE void multiply_256(float (&d)[128], uint64_t a, uint64_t b, bool add) {
+  emulator::multiply_256(d, a, b, add, a_along_rows, b_along_rows);
 }
 
 }  // namespace saltire::cuda
