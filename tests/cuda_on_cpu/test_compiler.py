@@ -74,6 +74,8 @@ INTENDED: list[tuple[str, str, str]] = [
     ("token_stats/kernel_rows", "stats_of_rows", "LDG.E.128"),
     ("token_stats/kernel_mma", "multiply_tiles", "HMMA.16816.F32.BF16"),
     ("token_stats/kernel_mma", "multiply_tiles", "LDGSTS"),
+    ("token_stats/sm90_linear", "multiply_tiles", "HGMMA.64x256x16.F32.BF16"),
+    ("token_stats/sm90_linear", "multiply_tiles", "UTMALDG.2D"),
 ]
 
 
