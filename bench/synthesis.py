@@ -8,8 +8,9 @@ that the orders make, by bucket of position. WikiText-2 is read from SALTIRE_DAT
 Keys: lop16_ms (<= 25), path16_ms (<= 80), exact_unlike_brute_force (0 of 400, n = 8),
 search64_share_of_best (>= 0.99), pair_scoring_vs_naive (>= 3), pair_scoring_extra_mb (<= 300),
 tau_ORDER, adjacent_ORDER, purity_ORDER, tau_gain_over_ORDER with _low and _high, retrieved_purity,
-direction_snr, judge_nll_ORDER, judge_gain_over_ORDER with _low and _high, copy_rate. --only picks
-parts.
+direction_snr, judge_nll_ORDER, judge_gain_over_ORDER with _low and _high, copy_rate,
+minutes_of_2000 (<= 15; 2,000 documents to samples of 8k tokens; --quick: 100 documents, times 20),
+retrieval_mb_2k and retrieval_mb_20k (about equal). --only picks parts.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import argparse
 
 import torch
 from harness import Report
+from sections.scale import whole_runs
 from sections.speed import order_optimiser, pair_scoring
 from sections.truth import ground_truth, judged, scored_groups
 
-PARTS = ("order", "pairs", "truth", "judge")
+PARTS = ("order", "pairs", "truth", "judge", "scale")
 
 
 def main() -> None:
@@ -42,6 +44,8 @@ def main() -> None:
             ground_truth(report, groups)
         if "judge" in options.only:
             judged(report, groups)
+    if "scale" in options.only:
+        whole_runs(report, options.quick, options.threads)
     report.finish()
 
 

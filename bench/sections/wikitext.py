@@ -68,3 +68,18 @@ def cut(article: Article, most: int) -> list[str]:
         if len(piece) >= SHORTEST:
             pieces.append(piece)
     return pieces[:most]
+
+
+def documents_of(names: tuple[str, ...], longest: int = 1600) -> list[str]:
+    """All of the text as documents of whole paragraphs, about 300 tokens each."""
+    found: list[str] = []
+    for article in articles(*names):
+        piece = ""
+        for paragraph in (p for section in article.sections for p in section.split("\n") if p):
+            if piece and len(piece) + 1 + len(paragraph) > longest:
+                found.append(piece)
+                piece = ""
+            piece = f"{piece}\n{paragraph}".strip()
+        if piece:
+            found.append(piece)
+    return found
