@@ -129,7 +129,7 @@ class ModelDraft:
                 rows.append([(tokens[b] or texts[b])[-1], b, slot, slot, slot + 1, 0])
                 histories.append([*texts[b], *tokens[b]])
             result = self.decoder.step_rows(cache, rows, range(len(rows)), self.units)
-            logits = sampling.penalise(result.logits, histories)
+            logits = sampling.penalise(result.logits.cpu(), histories)
             if sampling.greedy:
                 chosen, sure = logits.argmax(-1), result.share
             else:

@@ -176,6 +176,8 @@ class Run:
         """How many drafts of each sequence stand, and the token behind them."""
         sampling, logits = self.sampling, result.logits
         alive = [b for b, on in enumerate(self.active) if on]
+        if not sampling.greedy or sampling.repetition_penalty != 1.0:
+            logits = logits.cpu()  # tokens are drawn there, whatever the decoder's device
         if sampling.repetition_penalty != 1.0:
             histories = [
                 [*self.texts[b], *proposal.tokens[b][:i]]

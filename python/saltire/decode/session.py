@@ -82,6 +82,8 @@ class Session:
         for b, prompt in enumerate(prompts):
             if not prompt:
                 raise SaltireError(f"prompt {b} is empty; expected at least one token.")
+        if self.drafts:
+            self.decoder.verify_rows(len(prompts) * (LONGEST + 1))
         run = Run(self, prompts, max_new_tokens, sampling or Sampling(), set(stop), on_tokens)
         if max_new_tokens == 0 or not prompts:
             return run.out
