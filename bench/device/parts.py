@@ -59,6 +59,8 @@ BENCHES = [
     _bench("lowbit_gemm", 90),
     _bench("linears_of_8b", 60),
     _bench("token_stats", 40),
+    _bench("speculate", 30),
+    _bench("skip_plan", 15),
 ]
 SANITIZERS = [_sanitizer(tool, 90) for tool in ("memcheck", "racecheck", "synccheck")]
 

@@ -59,7 +59,31 @@ def statistics() -> None:
                 assert error < 1e-2 * want.float().norm(), f"{op.__name__} {dtype}: {error}"
 
 
-CASES: list[Callable[[], None]] = [transforms, products, statistics]
+def speculation() -> None:
+    """Distributions, draws and acceptance; rows off 16 bytes."""
+    logits, index = torch.randn(3, 2001) * 3, torch.arange(3)
+    for settings in ((1.0, 0, 1.0, 0.0), (0.8, 50, 0.95, 0.05)):
+        p = ops.warp_logits(logits, *settings)
+        got = ops.warp_logits(logits.cuda(), *settings)
+        torch.testing.assert_close(got.cpu(), p, atol=1e-6, rtol=1e-4)
+        want = ops.draw_tokens(p, index, index, 3)
+        got = ops.draw_tokens(p.cuda(), index.cuda(), index.cuda(), 3)
+        assert torch.equal(got.cpu(), want)
+        given = [p, p[:2], want[:2], torch.tensor([2]), index[:1], index[:1]]
+        accepted, following = ops.speculate_verify(*given, 4)
+        found = ops.speculate_verify(*[t.cuda() for t in given], 4)
+        assert (found[0].item(), found[1].item()) == (accepted.item(), following.item())
+
+
+def choices() -> None:
+    for M, D in ((3, 77), (15, 576)):
+        keep, skip = torch.randn(2, M, D)
+        want = ops.skip_plan_select(keep, skip, keep[0])
+        got = ops.skip_plan_select(keep.cuda(), skip.cuda(), keep[0].cuda())
+        assert torch.equal(got[0].cpu(), want[0])
+
+
+CASES: list[Callable[[], None]] = [transforms, products, statistics, speculation, choices]
 
 
 def main() -> None:

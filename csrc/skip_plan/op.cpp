@@ -5,6 +5,7 @@
 
 #include "core/isa.h"
 #include "core/tensor.h"
+#include "skip_plan/arguments.h"
 
 namespace saltire::skip_plan {
 namespace {
@@ -25,20 +26,8 @@ Select select() {
 
 std::tuple<Tensor, Tensor, Tensor> skip_plan_select(Tensor keep, Tensor skip, Tensor truth) {
   constexpr const char* kOp = "skip_plan_select";
-  check_dim(kOp, "keep", keep, 2);
-  check_dim(kOp, "skip", skip, 2);
-  check_dim(kOp, "truth", truth, 1);
-  const int64_t M = keep.size(0), D = keep.size(1);
-  check_size(kOp, "skip", skip, 0, M, "the rows of keep");
-  check_size(kOp, "skip", skip, 1, D, "D");
-  check_size(kOp, "truth", truth, 0, D, "D");
-  for (const auto& [name, t] :
-       {std::pair<const char*, const Tensor*>{"keep", &keep}, {"skip", &skip}, {"truth", &truth}}) {
-    check_cpu(kOp, name, *t);
-    check_dtype(kOp, name, *t, ScalarType::Float);
-  }
-  const Tensor keep_c = as_contiguous(keep), skip_c = as_contiguous(skip),
-               truth_c = as_contiguous(truth);
+  check_cpu(kOp, "keep", keep);
+  const auto [keep_c, skip_c, truth_c, M, D] = check(kOp, keep, skip, truth);
   Tensor chosen = new_tensor(keep, {M, D}, ScalarType::Float);
   Tensor kept = new_tensor(keep, {M}, ScalarType::Byte);
   Tensor cosine = new_tensor(keep, {M}, ScalarType::Float);

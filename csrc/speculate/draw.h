@@ -2,12 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "core/both.h"
 #include "speculate/op.h"
 
 namespace saltire::speculate {
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-inline double uniform(uint64_t seed, uint64_t sequence, uint64_t position, Purpose purpose) {
+SALTIRE_BOTH double uniform(uint64_t seed, uint64_t sequence, uint64_t position, Purpose purpose) {
   uint32_t c[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
                    static_cast<uint32_t>(sequence), static_cast<uint32_t>(purpose)};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};

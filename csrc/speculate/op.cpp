@@ -7,6 +7,7 @@
 #include "core/isa.h"
 #include "core/tensor.h"
 #include "core/threads.h"
+#include "speculate/arguments.h"
 #include "speculate/draw.h"
 #include "speculate/warp.h"
 
@@ -49,18 +50,10 @@ std::vector<int64_t> read_integers(const char* op, const char* name, const Tenso
 Tensor warp_logits(Tensor logits, double temperature, int64_t top_k, double top_p, double min_p) {
   constexpr const char* kOp = "warp_logits";
   check_matrix(kOp, "logits", logits);
-  SALTIRE_CHECK(temperature > 0.0, kOp, ": temperature = ", temperature,
-                "; expected more than 0 (greedy needs no distribution).");
-  SALTIRE_CHECK(top_k >= 0, kOp, ": top_k = ", top_k, "; expected 0 (all) or more.");
-  SALTIRE_CHECK(top_p > 0.0 && top_p <= 1.0, kOp, ": top_p = ", top_p,
-                "; expected a share in (0, 1].");
-  SALTIRE_CHECK(min_p >= 0.0 && min_p <= 1.0, kOp, ": min_p = ", min_p,
-                "; expected a share in [0, 1].");
+  const Warp warp = check_warp(kOp, temperature, top_k, top_p, min_p);
   const int64_t M = logits.size(0), V = logits.size(1);
   const Tensor in = as_contiguous(logits);
   Tensor out = new_tensor(logits, {M, V}, ScalarType::Float);
-  const Warp warp = {static_cast<float>(temperature), top_k, static_cast<float>(top_p),
-                     static_cast<float>(min_p)};
   const Kernels k = kernels();
   const auto* from = static_cast<const float*>(in.const_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());

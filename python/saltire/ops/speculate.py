@@ -24,9 +24,16 @@ def warp_logits(
     without a finite largest logit, and for settings out of range.
     """
     try:
-        return torch.ops.saltire.warp_logits(logits, temperature, top_k, top_p, min_p)
+        p = torch.ops.saltire.warp_logits(logits, temperature, top_k, top_p, min_p)
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
+    if _may_look(p):
+        for row in p[:, 0].isnan().nonzero().flatten()[:1].tolist():
+            raise SaltireError(
+                f"warp_logits: row {row} of logits is all -inf or holds inf or NaN; there is no "
+                "token to draw. Check the mask and the model."
+            )
+    return p
 
 
 def draw_tokens(
@@ -59,11 +66,40 @@ def speculate_verify(
     counts, sequences: int64 [B]. positions: int64 [B], that of each first draft. Returns the number
     accepted int64 [B] and the token that follows them int64 [B]: from max(p - q, 0) after a
     rejection, else from p. Source: Leviathan et al. 2023, algorithm 1.
+    Raises SaltireError for shapes, counts or drafts out of range.
     """
     try:
-        return torch.ops.saltire.speculate_verify(p, q, drafts, counts, sequences, positions, seed)
+        found = torch.ops.saltire.speculate_verify(p, q, drafts, counts, sequences, positions, seed)
     except RuntimeError as error:
         raise SaltireError(str(error)) from None
+    if _may_look(p) and bool((found[0] < 0).any()):
+        _blame(drafts, counts, p.shape[-1])
+    return found
+
+
+def _may_look(result: Tensor) -> bool:
+    """Whether this is a CUDA device's result that may be waited for: bad input is marked there."""
+    return (
+        result.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _blame(drafts: Tensor, counts: Tensor, V: int) -> None:
+    """Raise SaltireError for the first count or draft that is out of range."""
+    for count in counts[counts < 0][:1].tolist():
+        raise SaltireError(f"speculate_verify: counts holds {count}; expected 0 or more.")
+    if int(counts.sum()) != drafts.shape[0]:
+        raise SaltireError(
+            f"speculate_verify: counts make {int(counts.sum())}, but there are {drafts.shape[0]} "
+            "drafts. Pass the drafts of all sequences, one sequence after the other."
+        )
+    for token in drafts[(drafts < 0) | (drafts >= V)][:1].tolist():
+        raise SaltireError(
+            f"speculate_verify: drafts holds token {token}; the target's vocabulary has {V}. "
+            "Draft and target must have the same vocabulary."
+        )
 
 
 @torch.library.register_fake("saltire::warp_logits")
