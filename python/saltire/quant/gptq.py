@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saltire.errors import SaltireError
+from saltire.quant.finite import all_finite
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
 COARSE, FINE = 13, 4  # ranges of a grid that are tried, and steps to the next on either side
@@ -118,7 +119,7 @@ class Curvature:
         H: float [K, K]. An input that is always zero teaches nothing: all columns count alike, so
         that GPTQ rounds to nearest. Raises SaltireError if H is not finite.
         """
-        if not torch.isfinite(H).all():
+        if not all_finite(H):
             raise SaltireError(
                 "the calibration activations hold NaN or infinity. Check the model and the text."
             )
@@ -127,10 +128,15 @@ class Curvature:
         if power.max() <= 0:
             H, power = torch.eye(K), torch.ones(K)
         order = torch.argsort(power, descending=True)
-        ridge = H.double()[order][:, order]
+        # In reversed order H = LLᵀ; back in this order that is MMᵀ with M upper-triangular, so
+        # U = M⁻¹: half of the work of inverting H and factorising the inverse.
+        backwards = order.flip(0)
+        ridge = H.double()[backwards][:, backwards]
         ridge.diagonal().add_(damping * float(power.mean()))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridge))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True).float(), power.float())
+        M = torch.linalg.cholesky(ridge).flip(0, 1)
+        eye = torch.eye(len(H), dtype=M.dtype)
+        U = torch.linalg.solve_triangular(M, eye, upper=True)
+        return cls(order, U.float(), power.float())
 
 
 def gptq(w: Tensor, curvature: Curvature, grid: Grid, group: int) -> Tensor:

@@ -12,6 +12,7 @@ from saltire.errors import SaltireError
 from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.processes import sum_over_all
+from saltire.quant.finite import all_finite
 from saltire.quant.gptq import Curvature, choose_grid, gptq
 from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.recipe import Recipe
@@ -163,7 +164,7 @@ def put(parent: nn.Module, name: str, new: nn.Module) -> None:
 
 def check_activations(x: Tensor, where: str) -> None:
     """Raise SaltireError unless all of x is finite."""
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise SaltireError(
             f"{where}: the calibration activations hold NaN or infinity. "
             "Check the model and the calibration text."
@@ -198,7 +199,7 @@ def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
     linear = parent.get_submodule(name)
     if not isinstance(linear, nn.Linear):
         raise SaltireError(f"{name} is a {type(linear).__name__}; expected a linear layer.")
-    if not torch.isfinite(linear.weight).all():
+    if not all_finite(linear.weight):
         raise SaltireError(f"{name}: the weight holds NaN or infinity. The model is damaged.")
     return linear
 

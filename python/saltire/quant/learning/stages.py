@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from saltire.nn.linear_format import AnyFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.processes import sum_over_all, world_size
 from saltire.quant.blocks import BlockRunner
+from saltire.quant.finite import all_finite
 from saltire.quant.learning.end_to_end import Teacher, tune
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms.values import fold_turns, principal_turns
@@ -25,7 +25,7 @@ def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None
     assert isinstance(value, nn.Linear)
     assert isinstance(output, nn.Linear)
     x = runner.inputs_of(block, adapter.output)
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         return  # what is wrong is said, by name, where the linear is quantised
     size = int(block.get_submodule(adapter.output.rpartition(".")[0]).head_dim)  # type: ignore[arg-type]
     share = output.in_features // value.out_features

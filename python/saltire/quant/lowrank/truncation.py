@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saltire.errors import SaltireError
+from saltire.quant.finite import all_finite
 
 DAMPING = 1e-3  # of the mean power: directions that the calibration never showed are not free
 
@@ -36,7 +37,7 @@ class Statistics:
         Inputs that are always zero count all alike. Raises SaltireError if it is not finite.
         """
         moment = moment.double()
-        if not torch.isfinite(moment).all():
+        if not all_finite(moment):
             raise SaltireError(
                 "the calibration activations hold NaN or infinity. Check the model and the text."
             )
@@ -44,7 +45,7 @@ class Statistics:
         eye = torch.eye(moment.shape[0], dtype=torch.float64)
         moment = eye if mean <= 0 else moment + damping * mean * eye
         root, failed = torch.linalg.cholesky_ex(moment)
-        if failed or not torch.isfinite(root).all():
+        if failed or not all_finite(root):
             values, vectors = torch.linalg.eigh(moment)
             root = vectors * values.clamp_min(0).sqrt()
         return cls(moment, root)
