@@ -233,8 +233,8 @@ inline void attend_format(const CacheHead& cache, const Query* queries, int64_t 
   int64_t q = 0;
   if constexpr (kTileRegisters >= 24) {
     for (; q + 4 <= count; q += 4) attend_queries<format, 4>(cache, queries + q, scratch);
-    for (; q + 3 <= count; q += 3) attend_queries<format, 3>(cache, queries + q, scratch);
   }
+  for (; q + 3 <= count; q += 3) attend_queries<format, 3>(cache, queries + q, scratch);
   for (; q + 2 <= count; q += 2) attend_queries<format, 2>(cache, queries + q, scratch);
   for (; q < count; ++q) attend_queries<format, 1>(cache, queries + q, scratch);
 }

@@ -1,6 +1,8 @@
 // Products with weights as the checkpoint has them, row-major [N, K], in f32, bf16 or f16.
 #pragma once
 #include "core/cpu/vector16.h"
+#include "decoder_layer/ahead.h"
+#include "decoder_layer/dense_avx2.h"
 #include "decoder_layer/op.h"
 
 namespace saltire::decoder_layer {
@@ -96,12 +98,15 @@ inline void dot_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t 
     }
   }
   if (whole < d.k) {
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       type tail[W::step] = {};
       std::memcpy(tail, w[c] + whole, sizeof(type) * static_cast<size_t>(d.k - whole));
       V16 operand[W::parts];
       W::read(tail, operand);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
         for (int part = 0; part < W::parts; ++part) {
           const V16 value = load(x + r * rows.x_stride + whole + part * kLanes);
           acc[r][c] = fma(value, operand[part], acc[r][c]);
@@ -109,8 +114,11 @@ inline void dot_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t 
       }
     }
   }
+  // Unrolled to the end: one loop over the sums would keep them all in memory, 3 times slower.
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* y = rows.y + (m0 + r) * rows.y_stride;
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       const float sum = reduce_add(acc[r][c]);
       y[n0 + c] = d.bias != nullptr ? sum + d.bias[n0 + c] : sum;
@@ -138,6 +146,12 @@ inline void dot_rows(const Dense& d, const DenseRows& rows, int64_t m0, int64_t 
 template <Format format>
 inline void dense_format(const Dense& d, const DenseRows& rows, int64_t begin, int64_t end) {
   constexpr int most = kTileRegisters < 8 ? 4 : 8;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (rows.rows >= kHalvesFrom && d.k % Weights<format>::step == 0) {
+    dense_halves<format>(d, rows, begin, end);
+    return;
+  }
+#endif
   // Tiles of nearly equal height: 9 rows are 5 and 4, not 8 and 1.
   const int64_t tiles = (rows.rows + most - 1) / most;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -198,7 +212,15 @@ inline void pack_panel(const Dense& d, int64_t n0, float* panel) {
   const int64_t whole = d.k / kLanes * kLanes;
   // 16 inputs of each output at a time: the 16 panel lines being written stay in L1.
   for (int64_t k = 0; k < whole; k += kLanes) {
-    for (int64_t n = 0; n < count; ++n) {
+    int64_t n = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    for (; n + kHalf <= count; n += kHalf) {
+      V16 eight[kHalf];
+      for (int i = 0; i < kHalf; ++i) eight[i] = W::read16(w + (n + i) * d.k + k);
+      store_transposed(eight, panel + k * kPanel + n, kPanel);
+    }
+#endif
+    for (; n < count; ++n) {
       float lanes[kLanes];
       store(lanes, W::read16(w + n * d.k + k));
       for (int i = 0; i < kLanes; ++i) panel[(k + i) * kPanel + n] = lanes[i];
@@ -235,8 +257,10 @@ inline void panel_tile(const Dense& d, const DenseRows& rows, const float* panel
       for (int c = 0; c < C; ++c) acc[r][c] = fma(value, w[c], acc[r][c]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     float* y = rows.y + (m0 + r) * rows.y_stride;
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       float lanes[kLanes];
       store(lanes, acc[r][c]);
@@ -250,7 +274,8 @@ inline void panel_tile(const Dense& d, const DenseRows& rows, const float* panel
 }
 
 constexpr int kPanelVectors = kTileRegisters >= 24 ? 2 : 1;
-constexpr int kPanelRows = kTileRegisters >= 24 ? 12 : 4;
+// On AVX2 a vector of outputs is two registers: 6 rows are 12 sums beside 2 weights and a value.
+constexpr int kPanelRows = kTileRegisters >= 24 ? 12 : 6;
 
 template <int R>
 inline void panel_rows(const Dense& d, const DenseRows& rows, const float* panel, int64_t m0,
@@ -275,11 +300,19 @@ inline void dense_panel(const Dense& d, const DenseRows& rows, int64_t begin, in
         pack_panel<Format::f32>(d, n, scratch);
         break;
     }
+    // The next panel's weights come from memory while this one is used.
+    const int64_t bytes = d.k * format_bits(d.format) / 8;
+    const auto* next = static_cast<const char*>(d.w) + (n + kPanel) * bytes;
+    const int64_t last = smaller<int64_t>(n + 2 * kPanel, d.n);
+    Ahead ahead{next, static_cast<const char*>(d.w) + last * bytes};
+    const int64_t lines = kPanel * bytes / 64 * kPanelRows / rows.rows + 1;
     int64_t m = 0;
     for (; m + kPanelRows <= rows.rows; m += kPanelRows) {
+      ahead.ask(lines);
       panel_rows<kPanelRows>(d, rows, scratch, m, n);
     }
     for (; m + 4 <= rows.rows; m += 4) panel_rows<4>(d, rows, scratch, m, n);
+    for (; m + 2 <= rows.rows; m += 2) panel_rows<2>(d, rows, scratch, m, n);
     for (; m < rows.rows; ++m) panel_rows<1>(d, rows, scratch, m, n);
   }
 }

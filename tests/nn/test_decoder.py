@@ -184,6 +184,28 @@ def test_neighbours_in_a_batch_change_no_bit(isa: str) -> None:
     assert together.lengths == [6, 31, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_rows_give_the_bits_of_one(dtype: torch.dtype, isa: str) -> None:
+    """Inputs of more than one pass, tiles of 3 and 4 rows, outputs that are no whole panel."""
+    overrides = {"intermediate_size": 1344, "vocab_size": 139, "num_hidden_layers": 1}
+    decoder = build_decoder(tiny_model("qwen2", **overrides).to(dtype))
+    one, many = decoder.new_cache(1, 64), decoder.new_cache(23, 64)
+    expected = [decoder.prefill(one, [TOKENS[:9]]).logits, decoder.step(one, [[7]]).logits]
+    for count in (12, 13, 23):
+        for b in range(23):
+            many.roll_back(b, 0)
+        some = [TOKENS[:9] if b < count else [] for b in range(23)]
+        for found, logits in zip(
+            (
+                decoder.prefill(many, some).logits,
+                decoder.step(many, [prompt and [7] for prompt in some]).logits,
+            ),
+            expected,
+            strict=True,
+        ):
+            assert torch.equal(found, logits.expand(count, -1))
+
+
 def test_threads_change_no_bit() -> None:
     decoder = build_decoder(tiny_model("llama", vocab_size=2000, hidden_size=128))
     before = torch.get_num_threads()

@@ -52,15 +52,15 @@ class DontSayIt(Game[Conversation, str]):
     def observe(self, state: Conversation, player: int) -> str:
         said = "\n".join(f"Player {i % 2}: {one_line(m)}" for i, m in enumerate(state.said))
         return (
-            f"You are player {player} in Don't Say It, a conversation of two.\n"
-            "Each player has a secret word. You win when the other player says yours; you lose "
-            "when you say theirs, which you do not know.\n"
+            "Don't Say It is a conversation of two players, each with a secret word.\n"
+            "You win when the other player says yours; you lose when you say theirs, which you do "
+            "not know.\n"
             "Steer the talk so that your word comes up naturally. "
             "Your move is your next message, in any words.\n"
             f"After {self.turns} messages the match is drawn.\n"
-            f"Your secret word is '{state.words[player]}'.\n"
             + (f"\n{said}\n" if said else "")
-            + f"\nMessages so far: {len(state.said)} of {self.turns}.\n"
+            + f"\nYou are player {player}. Your secret word is '{state.words[player]}'.\n"
+            f"Messages so far: {len(state.said)} of {self.turns}.\n"
         )
 
     def legal(self, state: Conversation) -> tuple[str, ...]:

@@ -67,7 +67,9 @@ class Game(ABC, Generic[State, Move]):
     def observe(self, state: State, player: int) -> str:
         """Everything that ``player`` may know: rules, own secrets, what has been said.
 
-        What changes from turn to turn comes last, so that a model's cache of the beginning holds.
+        What all players see alike comes first, rules and then what has been said; what only this
+        one may know, and what changes from turn to turn, comes last: so a model's cache of the
+        beginning holds, for the next turn and for the other players.
         """
 
     @abstractmethod

@@ -98,8 +98,8 @@ class Negotiation(Game[Trade, Bid]):
         goods = "\n".join(f"- {count} {good}, worth {value} each" for good, count, value in rows)
         said = "\n".join(f"Player {i % 2}: {one_line(m)}" for i, m in enumerate(state.said))
         text = (
-            f"You are player {player} in a negotiation of two. Each player holds goods; the other "
-            "player values the same goods differently. After "
+            "In a negotiation of two, each player holds goods; the other player values the same "
+            "goods differently. After "
             f"{self.turns} moves, the player whose goods gained more value wins.\n"
             "Say what you like, and put your action in brackets: "
             "[Offer: 2 Wood -> 1 Ore] gives the first for the second, [Accept] takes the standing "
@@ -107,7 +107,7 @@ class Negotiation(Game[Trade, Bid]):
         )
         if said:
             text += f"\n{said}\n"
-        text += f"\nYou hold, at your own values:\n{goods}\n"
+        text += f"\nYou are player {player}. You hold, at your own values:\n{goods}\n"
         if state.offer is not None:
             text += (
                 f"\nStanding offer of player {state.offer.proposer}: "

@@ -71,14 +71,15 @@ class TwoDollar(Game[Split, Said]):
         brief = state.briefs[player]
         said = "\n".join(_line(move, state.total) for move in state.said)
         return (
-            f"You are player {player} of two who must split {_dollars(state.total)} between them.\n"
+            f"Two players must split {_dollars(state.total)} between them.\n"
             f"Without a deal within {self.turns} moves both get nothing. "
             "Whoever gets more wins, and who breaks the secret instructions gets nothing.\n"
             "Argue first, then end with one action: [Propose] $X.XX names what you want for "
             "yourself, [Accept] takes the other player's proposal, [Reject] turns it down.\n"
-            f"Your secret instructions: {brief.text(state.total, self.turns)}\n"
             + (f"\n{said}\n" if said else "")
-            + f"\nMoves so far: {len(state.said)} of {self.turns}.\n"
+            + f"\nYou are player {player}. Your secret instructions: "
+            f"{brief.text(state.total, self.turns)}\n"
+            f"Moves so far: {len(state.said)} of {self.turns}.\n"
         )
 
     def legal(self, state: Split) -> tuple[str, ...]:

@@ -91,16 +91,16 @@ class Undercover(Game[Round, Act]):
             else "Your move is your clue: one sentence about your word, without the word itself."
         )
         return (
-            f"You are player {player} of {len(state.words)} in Undercover.\n"
+            f"Undercover is a game of {len(state.words)} players.\n"
             "Most players have the same word; the spies have a related one, and nobody knows who "
             "has which.\n"
             "Each round everyone gives one clue, then all vote one player out. The majority wins "
             "when no spy is left, the spies win when they are as many as the rest or after "
             f"{self.rounds} rounds.\n"
-            f"Your word is '{state.words[player]}'.\n"
             + (f"\n{said}\n" if said else "")
             + f"\nRound {state.number}; still in: {', '.join(map(str, sorted(state.alive)))}.\n"
-            + f"{task}\n"
+            f"You are player {player}. Your word is '{state.words[player]}'.\n"
+            f"{task}\n"
         )
 
     def legal(self, state: Round) -> tuple[str, ...]:

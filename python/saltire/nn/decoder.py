@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +90,12 @@ class Decoder(ABC):
             self.layers, sizes.kv_heads, sizes.head_dim, sequences, slots, dtype, self.device
         )
 
+    @property
+    def joined_prompts(self) -> int:
+        """Prompts that may end in one pass. On the CPU fewer than 16 rows, from where on the head
+        adds up the other way; on a device one, whose attention has a way of its own."""
+        return 15 if self.device.type == "cpu" else 1
+
     def prefill(
         self, cache: KVCache, prompts: Sequence[Sequence[int]], trace: Tensor | None = None
     ) -> StepResult:
@@ -104,27 +112,31 @@ class Decoder(ABC):
         logits = torch.empty(m, self.sizes.vocabulary, device=device)
         best = torch.empty(m, dtype=torch.int64, device=device)
         share = torch.empty(m, device=device)
-        for place, b in enumerate(asking):
-            # One sequence after another, in pieces at fixed places: its result does not depend on
-            # who else is there.
-            prompt, base = prompts[b], cache.lengths[b]
-            for start in range(0, len(prompt), self.prefill_rows):
-                piece = prompt[start : start + self.prefill_rows]
-                last = start + len(piece) == len(prompt)
-                part = None
-                if trace is not None and last:
-                    part = trace.new_empty(trace.shape[0], 1, trace.shape[2])
-                result = self.step_rows(
-                    cache,
-                    self.chain_rows(b, base + start, piece),
-                    wanted=[len(piece) - 1] if last else [],
-                    trace=part,
-                    prefill=True,
-                )
-                cache.lengths[b] = base + start + len(piece)
-            logits[place], best[place], share[place] = result.logits, result.best, result.share
+        rows = [row for b in asking for row in self.chain_rows(b, cache.lengths[b], prompts[b])]
+        ends = list(itertools.accumulate(len(prompts[b]) for b in asking))
+        # A row's result depends on no other row of its pass, so prompts may share one.
+        start = first = 0
+        while start < len(rows):
+            most = min(first + self.joined_prompts, len(ends))
+            stop = min(start + self.prefill_rows, ends[most - 1])
+            beyond = bisect.bisect_right(ends, stop)
+            part = None
+            if trace is not None and beyond > first:
+                part = trace.new_empty(trace.shape[0], beyond - first, trace.shape[2])
+            result = self.step_rows(
+                cache,
+                rows[start:stop],
+                wanted=[end - 1 - start for end in ends[first:beyond]],
+                trace=part,
+                prefill=True,
+            )
+            logits[first:beyond], best[first:beyond] = result.logits, result.best
+            share[first:beyond] = result.share
             if trace is not None and part is not None:
-                trace[:, place] = part[:, 0]
+                trace[:, first:beyond] = part
+            start, first = stop, beyond
+        for b in asking:
+            cache.lengths[b] += len(prompts[b])
         return StepResult(logits, best, share)
 
     def step(

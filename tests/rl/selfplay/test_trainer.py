@@ -23,6 +23,8 @@ from saltire.rl.selfplay.collect import LEARNER, seat
 from saltire.rl.selfplay.config import SelfPlayConfig
 from saltire.rl.selfplay.setup import make_selfplay
 from saltire.rl.selfplay.trainer import SelfPlayTrainer
+from saltire.rl.selfplay.updates import Turns, learn, measure
+from saltire.rl.step import Experience
 from saltire.settings import build
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -126,9 +128,9 @@ def test_a_step_makes_what_was_rewarded_likelier(tmp_path) -> None:
     played = trainer._play(0)
     sequences = played.sequences(0)
     advantages = torch.tensor(played.by_turn(signs))
-    before, _ = trainer.measure(sequences, 1.0)
+    before, _ = measure(trainer.parts, trainer.config, sequences, 1.0)
     trainer.step(0)
-    after, _ = trainer.measure(sequences, 1.0)
+    after, _ = measure(trainer.parts, trainer.config, sequences, 1.0)
     moved = (after - before).sum(dim=1)
     assert moved[advantages > 0].mean() > moved[advantages < 0].mean() + 0.1
 
@@ -197,6 +199,32 @@ def test_a_crashed_match_is_logged_and_the_others_are_learnt_from(tmp_path, monk
     monkeypatch.setattr(Boast, "observe", lambda *_: 1 / 0)
     with pytest.raises(SaltireError, match="every match of step 0 crashed"):
         trainer_for(tmp_path / "other", **changes).run()
+
+
+def test_a_step_in_which_the_learner_never_moves_is_refused(tmp_path, monkeypatch) -> None:
+    """It sits second, and whoever is first forfeits at once."""
+    monkeypatch.setattr(
+        "saltire.rl.selfplay.collect.seat", lambda *_: ("silent", LEARNER), raising=True
+    )
+    trainer = trainer_for(
+        tmp_path / "run", opponent={"kind": "fixed", "agent": "silent", "share": 1.0}
+    )
+    with pytest.raises(SaltireError, match="wrote nothing in a whole step"):
+        trainer.step(0)
+
+
+def test_a_rank_without_a_turn_learns_nothing(tmp_path, monkeypatch) -> None:
+    """It goes through the motions with the others, and changes no weight."""
+    trainer = trainer_for(tmp_path / "run")
+    played = trainer._play(0)
+    played.turns.clear()
+    monkeypatch.setattr("saltire.rl.selfplay.updates.all_sum", lambda values: [4.0] * len(values))
+    turns = Turns.of(played, 0, trainer.parts.device)
+    logprob, _ = measure(trainer.parts, trainer.config, turns.sequences, 1.0)
+    experience = Experience(turns.sequences, turns.advantages([]), logprob)
+    before = weights(trainer)
+    learn(trainer.parts, trainer.config, experience, turns.places, trainer.knobs(1.0), 0)
+    assert torch.equal(weights(trainer), before)
 
 
 def test_evaluation_plays_against_the_agent_that_is_named(tmp_path) -> None:

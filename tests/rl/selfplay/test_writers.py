@@ -12,7 +12,7 @@ from saltire.models.saving import save_checkpoint
 from saltire.rl.prompts import Codec
 from saltire.rl.rollout import TransformersRollout, invert_distribution
 from saltire.rl.selfplay import DecoderWriter, Draft, ModelAgent, RolloutWriter, Voice, open_agents
-from saltire.rl.selfplay.writers import common, draw
+from saltire.rl.selfplay.decoder_writer import common, draw
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SPEAKS = Voice(max_new_tokens=8, temperature=1.0, think=False)

@@ -16,7 +16,8 @@ from saltire.models.decoder import build_decoder
 from saltire.models.loading import load_model
 from saltire.rl.prompts import Codec
 from saltire.rl.rollout import TransformersRollout, uniform_numbers
-from saltire.rl.selfplay.writers import DecoderWriter, Draft, Key, RolloutWriter, Writer
+from saltire.rl.selfplay.decoder_writer import DecoderWriter
+from saltire.rl.selfplay.writers import Draft, Key, RolloutWriter, Writer
 
 ACT_AT_ONCE = "Reply with your move alone."
 

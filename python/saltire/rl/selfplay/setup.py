@@ -23,10 +23,12 @@ from saltire.rl.rollout import TransformersRollout
 from saltire.rl.selfplay.agents import ModelAgent, open_agents
 from saltire.rl.selfplay.collect import LEARNER
 from saltire.rl.selfplay.config import AdvantagesConfig, SelfPlayConfig
+from saltire.rl.selfplay.decoder_writer import DecoderWriter
+from saltire.rl.selfplay.parts import SelfPlayParts
 from saltire.rl.selfplay.pool import Pool
 from saltire.rl.selfplay.trainable import control_of, make_trainable
-from saltire.rl.selfplay.trainer import SelfPlayParts, SelfPlayTrainer
-from saltire.rl.selfplay.writers import DecoderWriter, RolloutWriter, Writer
+from saltire.rl.selfplay.trainer import SelfPlayTrainer
+from saltire.rl.selfplay.writers import RolloutWriter, Writer
 
 POOL = "past"
 

@@ -10,61 +10,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saltire.errors import SaltireError
 from saltire.files import replacing_file
-from saltire.games import Agent, Fixture, Game, MatchRecord, play
+from saltire.games import MatchRecord
 from saltire.games.records import line, read_records, write_records
 from saltire.progress import track
 from saltire.rl import checkpoint
 from saltire.rl.actuators import Knobs
 from saltire.rl.authority import ClipWatch
-from saltire.rl.control import EntropyControl, EntropyMeter, Reading
-from saltire.rl.dept import match_entropy
-from saltire.rl.distributed import all_sum, barrier, gather, part_of, rank
-from saltire.rl.match_outcome import AdvantageEstimator
+from saltire.rl.distributed import barrier, gather, rank
 from saltire.rl.plant import measure_authority
-from saltire.rl.policy import Policy
-from saltire.rl.prompts import EVALUATION_STEP
 from saltire.rl.runlog import LOG, RunLog
-from saltire.rl.selfplay.agents import ModelAgent
-from saltire.rl.selfplay.collect import LEARNER, Played, collect, deal
-from saltire.rl.selfplay.config import SelfPlayConfig, is_due, learning_rate
-from saltire.rl.selfplay.pool import Pool
-from saltire.rl.step import Experience, UpdateConfig, UpdateStats, score, update
+from saltire.rl.selfplay.collect import Played, collect
+from saltire.rl.selfplay.config import SelfPlayConfig, is_due
+from saltire.rl.selfplay.evaluation import win_rate
+from saltire.rl.selfplay.parts import SelfPlayParts
+from saltire.rl.selfplay.records import control_record, match_record, update_record
+from saltire.rl.selfplay.updates import Turns, learn, measure
+from saltire.rl.step import Experience
 
 CHECKPOINTS, SETTINGS, MATCHES = "checkpoints", "settings.json", "matches.jsonl"
-
-
-@dataclass
-class SelfPlayParts:
-    """What the trainer works on; :func:`saltire.rl.selfplay.setup.make_parts` makes it.
-
-    agents: the learner, and who else sits at the table. refresh: gives the learner's writer the
-    policy's present weights. past: the model that a past self's weights are loaded into.
-    """
-
-    game: Game[Any, Any]
-    players: int
-    policy: Policy
-    optimiser: torch.optim.Optimizer
-    learner: ModelAgent
-    agents: dict[str, Agent]
-    estimator: AdvantageEstimator
-    refresh: Callable[[], None]
-    control: EntropyControl | None = None
-    pool: Pool | None = None
-    past: ModelAgent | None = None
-    load_past: Callable[[int], None] = lambda step: None
-    measured_against: Agent | None = None
 
 
 @dataclass
@@ -128,28 +99,27 @@ class SelfPlayTrainer:
         parts.refresh()
         played = self._play(step)
         played_at = time.perf_counter()
-        sequences = played.sequences(parts.learner.codec.pad).to(self.device)
-        old, entropy = self.measure(sequences, temperature)
+        turns = Turns.of(played, parts.learner.codec.pad, parts.device)
+        old, entropy = measure(parts, config, turns.sequences, temperature)
         judged_at = time.perf_counter()
-        advantages = parts.estimator.advantages(played.outcomes())
+        by_match = parts.estimator.advantages(played.outcomes())
         judging = time.perf_counter() - judged_at
-        by_turn = torch.tensor(played.by_turn(advantages), device=self.device)
-        experience = Experience(sequences, by_turn, old)
-        places = torch.tensor([turn.match for turn in played.turns], device=self.device)
+        advantages = turns.advantages(played.by_turn(by_match))
+        experience = Experience(turns.sequences, advantages, old)
         knobs, reading = self.knobs(temperature), None
         if parts.control is not None:
             if step == 0 and config.entropy.probe:
-                self.probe(experience, places, temperature)
+                self._probe(experience, turns, temperature)
             reading = parts.control.observe(step, entropy)
             knobs = replace(parts.control.knobs(knobs), temperature=temperature)
-        stats = self.learn(experience, places, knobs, step)
-        record = {"step": step, "entropy": entropy, **self._control_record(reading)}
-        record |= self._match_record(played)
-        record |= self._update_record(stats, by_turn)
+        stats = learn(parts, config, experience, turns.places, knobs, step)
+        record = {"step": step, "entropy": entropy, **control_record(reading)}
+        record |= match_record(played, parts.game.outcomes)
+        record |= update_record(stats, played, advantages)
         record |= parts.estimator.report()
         self._watch_clip(record)
         if config.evaluation.every and is_due(step, config.evaluation.every, config.steps):
-            record["win_rate"] = self.evaluate(step)
+            record["win_rate"] = win_rate(parts, config)
         record["play_seconds"] = played_at - began
         record["advantage_seconds"] = judging
         record["seconds"] = time.perf_counter() - began
@@ -158,11 +128,6 @@ class SelfPlayTrainer:
             for match in gather(played.records + played.crashed)
         ]
         return record, matches
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy is."""
-        return next(self.parts.policy.parameters()).device
 
     @property
     def temperature(self) -> float:
@@ -177,96 +142,27 @@ class SelfPlayTrainer:
         update = self.config.update
         return Knobs(update.clip_low, update.clip_high, temperature=temperature)
 
-    def measure(self, sequences: Any, temperature: float) -> tuple[Tensor, float]:
-        """The present policy's log-probs, f32 [B, S], and its mean entropy over all ranks."""
-        update = self.config.update
-        logprob, entropy = score(
-            self.parts.policy, sequences, temperature, update.micro_batch, update.bf16
-        )
-        meter = EntropyMeter()
-        meter.add(entropy, sequences.action)
-        return logprob, meter.mean()
-
-    def learn(
-        self, experience: Experience, places: Tensor, knobs: Knobs, step: int
-    ) -> list[UpdateStats]:
-        """All updates on one step's matches; a mini-batch holds every ``minibatches``-th match.
-
-        places: int64 [B], the match of each sequence.
-        """
-        config, parts = self.config.update, self.parts
-        for group in parts.optimiser.param_groups:
-            group["lr"] = learning_rate(config, step)
-        how = UpdateConfig(
-            config.algorithm,
-            config.micro_batch,
-            config.max_grad_norm,
-            0.0,
-            self.config.matches.max_new_tokens,
-            config.bf16,
-        )
-        rows = [
-            (places % config.minibatches == part).nonzero().flatten()
-            for part in range(config.minibatches)
-        ]
-        counts = all_sum([len(some) for some in rows])
-        first = torch.zeros(1, dtype=torch.int64, device=places.device)
-        return [
-            update(
-                parts.policy,
-                parts.optimiser,
-                experience.rows(some if len(some) else first),
-                knobs,
-                how,
-                counted=len(some) > 0,
-            )
-            for _ in range(config.epochs)
-            for some, count in zip(rows, counts, strict=True)
-            if count
-        ]
-
-    def probe(self, experience: Experience, places: Tensor, temperature: float) -> None:
+    def _probe(self, experience: Experience, turns: Turns, temperature: float) -> None:
         """Measure the actuator's authority on these matches; everything is left as it was."""
-        control = self.parts.control
+        parts, config = self.parts, self.config
+        control = parts.control
         assert control is not None
         knobs = self.knobs(temperature)
 
-        def learn(setting: float) -> None:
-            self.learn(experience, places, control.actuator.apply(knobs, setting), 0)
+        def learn_with(setting: float) -> None:
+            changed = control.actuator.apply(knobs, setting)
+            learn(parts, config, experience, turns.places, changed, 0)
 
         authority = measure_authority(
-            self.parts.policy,
-            self.parts.optimiser,
+            parts.policy,
+            parts.optimiser,
             control,
-            self.config.update.updates_per_rollout,
-            learn,
-            lambda: self.measure(experience.sequences, temperature)[1],
+            config.update.updates_per_rollout,
+            learn_with,
+            lambda: measure(parts, config, turns.sequences, temperature)[1],
         )
         if authority is not None and authority.advice:
             self.messages.append(authority.advice)
-
-    def evaluate(self, step: int) -> float:
-        """Win rate of the present policy against ``evaluation.agent``, a draw being half a win."""
-        config, parts = self.config.evaluation, self.parts
-        assert parts.measured_against is not None
-        parts.refresh()
-        parts.learner.step, parts.learner.keep = EVALUATION_STEP, False
-        agents: dict[str, Agent] = {LEARNER: parts.learner, "other": parts.measured_against}
-        fixtures = []
-        for n in part_of(range(config.matches)):
-            seats = tuple(
-                LEARNER if p == n % parts.players else "other" for p in range(parts.players)
-            )
-            fixtures.append(Fixture(n, deal(self.config.seed, EVALUATION_STEP, n), seats))
-        won = []
-        for record in play(parts.game, agents, fixtures, self.config.matches.in_flight):
-            if not record.error:
-                rewards = dict(zip(record.agents, record.rewards, strict=True))
-                difference = rewards[LEARNER] - rewards["other"]
-                won.append(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0)
-        parts.learner.keep = True
-        total, count = all_sum([sum(won), len(won)])
-        return total / count if count else 0.0
 
     def save(self, step: int) -> None:
         """Write the checkpoint from which step ``step`` can start; every rank must call it."""
@@ -330,57 +226,6 @@ class SelfPlayTrainer:
             config.seed,
             step,
         )
-
-    def _match_record(self, played: Played) -> dict[str, float]:
-        """Of all ranks: rewards, lengths, forfeits, and how matches ended."""
-        outcomes = self.parts.game.outcomes
-        ends = Counter(record.outcome for record in played.records)
-        rewards = [r for outcome in played.outcomes() for r in outcome.rewards]
-        sums = all_sum(
-            [
-                len(played.records),
-                len(played.crashed),
-                sum(bool(record.forfeits) for record in played.records),
-                sum(len(record.turns) for record in played.records),
-                sum(rewards),
-                len(rewards),
-                len(played.turns),
-                sum(len(turn.completion) for turn in played.turns),
-                *(ends[outcome] for outcome in outcomes),
-            ]
-        )
-        matches, crashed, forfeits, replies, reward, seats, turns, tokens, *counts = sums
-        record = {
-            "reward": reward / seats,
-            "matches": matches,
-            "crashed": crashed,
-            "forfeits": forfeits / matches,
-            "replies": replies / matches,
-            "length": tokens / turns if turns else 0.0,
-            "match_entropy": match_entropy(counts),
-        }
-        shares = zip(outcomes, counts, strict=True)
-        return record | {f"share {label}": count / matches for label, count in shares}
-
-    def _update_record(self, stats: list[UpdateStats], advantages: Tensor) -> dict[str, float]:
-        total, size, count = all_sum(
-            [float(advantages.sum()), float(advantages.abs().sum()), advantages.numel()]
-        )
-        record = {"advantage": total / count, "advantage_size": size / count}
-        for name in ("loss", "clipped_high", "clipped_low", "grad_norm"):
-            record[name] = sum(getattr(s, name) for s in stats) / len(stats)
-        return record
-
-    def _control_record(self, reading: Reading | None) -> dict[str, Any]:
-        if reading is None:
-            return {}
-        return {
-            "target": reading.target,
-            "error": reading.error,
-            "actuator": reading.setting,
-            "saturated": reading.saturated,
-            "phase": reading.phase,
-        }
 
     def _watch_clip(self, record: dict[str, Any]) -> None:
         control = self.parts.control
