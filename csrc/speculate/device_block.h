@@ -62,6 +62,29 @@ SALTIRE_DEVICE T block_reduce(T value, BlockWords<T>& memory, int& turn) {
   return value;
 }
 
+// Sums of three values of each thread at once.
+template <typename T>
+struct BlockTriples {
+  T words[2][3][kMostWarps];
+};
+
+template <typename T>
+SALTIRE_DEVICE void block_sums(T (&values)[3], BlockTriples<T>& memory, int& turn) {
+  auto& words = memory.words[turn];
+  turn ^= 1;
+#pragma unroll
+  for (int j = 0; j < 3; ++j) {
+    values[j] = warp_reduce<Add>(values[j]);
+    if (thread_index() % 32 == 0) words[j][thread_index() / 32] = values[j];
+  }
+  sync_block();
+#pragma unroll
+  for (int j = 0; j < 3; ++j) {
+    values[j] = words[j][0];
+    for (int w = 1; w < warp_count(); ++w) values[j] += words[j][w];
+  }
+}
+
 // The sum of the values of all threads before this one.
 SALTIRE_DEVICE double sum_before(double value, BlockWords<double>& memory, int& turn) {
   double* const words = memory.words[turn];

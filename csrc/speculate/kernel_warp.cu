@@ -15,25 +15,36 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr float kLog2E = 1.44269504f;
 
+constexpr int kFew = 1024;  // values that top-k may leave for a search of their own
+
 struct Memory {
   BlockWords<double> sums;
   BlockWords<int> counts;
   BlockWords<float> most;
+  BlockTriples<double> three_sums;
+  BlockTriples<int> three_counts;
+  float few[kFew];
 };
 
 // The row's values e = 2^((logit - largest)·log2(e)/T), the largest 1; `turn`s of the memory.
 struct Row {
   float* e;
   int V;
-  Memory& memory;
-  int sums = 0, counts = 0;
+  Memory* memory;
+  int sums = 0, counts = 0, three_sums = 0, three_counts = 0;
 };
 
 SALTIRE_DEVICE double total(double own, Row& row) {
-  return block_reduce<Add>(own, row.memory.sums, row.sums);
+  return block_reduce<Add>(own, row.memory->sums, row.sums);
 }
 SALTIRE_DEVICE int total(int own, Row& row) {
-  return block_reduce<Add>(own, row.memory.counts, row.counts);
+  return block_reduce<Add>(own, row.memory->counts, row.counts);
+}
+SALTIRE_DEVICE void totals(double (&own)[3], Row& row) {
+  block_sums(own, row.memory->three_sums, row.three_sums);
+}
+SALTIRE_DEVICE void totals(int (&own)[3], Row& row) {
+  block_sums(own, row.memory->three_counts, row.three_counts);
 }
 
 // What a search sums: how many values there are, or their mass.
@@ -71,10 +82,11 @@ SALTIRE_DEVICE float search(T wanted, Row& row) {
         if (e >= least[j]) sums[j] += measure<T>(e);
       }
     }
+    totals(sums, row);
     uint32_t reached = 0;
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
-      if (total(sums[j], row) >= wanted) reached = static_cast<uint32_t>(j + 1);
+      if (sums[j] >= wanted) reached = static_cast<uint32_t>(j + 1);
     }
     bits |= reached << shift;
   }
@@ -88,34 +100,52 @@ SALTIRE_DEVICE void drop_below(float least, const Row& row) {
   }
 }
 
-// Zeroes all values equal to `value` but the first `keep`. Each thread walks its own stretch, after
-// learning how many lie before it.
-SALTIRE_DEVICE void keep_first(float value, int keep, Row& row) {
+// act(i, n) for each i whose value is `wanted`'s, n of them before it. Each thread walks a stretch
+// of its own, after learning how many lie before it.
+template <typename Wanted, typename Act>
+SALTIRE_DEVICE void number(Row& row, const Wanted& wanted, const Act& act) {
   const int each = (row.V + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int first = thread_index() * each, last = first + each < row.V ? first + each : row.V;
   int own = 0;
-  for (int i = first; i < last; ++i) own += row.e[i] == value ? 1 : 0;
+  for (int i = first; i < last; ++i) own += wanted(row.e[i]) ? 1 : 0;
   // Counts are far below 2^53.
-  int before = static_cast<int>(sum_before(own, row.memory.sums, row.sums));
+  int before = static_cast<int>(sum_before(own, row.memory->sums, row.sums));
   for (int i = first; i < last; ++i) {
-    if (row.e[i] != value) continue;
-    if (before >= keep) row.e[i] = 0.0f;
-    ++before;
+    if (wanted(row.e[i])) act(i, before++);
   }
 }
 
-// The fewest largest whose mass is top_p or more; of equal ones those with the lower index.
-SALTIRE_DEVICE void keep_top_p(float top_p, Row& row) {
+// The fewest largest whose mass is top_p or more; of equal ones those with the lower index. count:
+// of values above 0, where they may be few enough to be searched by themselves.
+SALTIRE_DEVICE void keep_top_p(float top_p, int count, Row& row) {
+  float* const all = row.e;
+  const int V = row.V;
+  if (count <= kFew) {
+    float* const few = row.memory->few;
+    number(row, [](float e) { return e > 0.0f; }, [&](int i, int n) { few[n] = all[i]; });
+    row.e = few;
+    row.V = count;
+    sync_block();
+  }
   const double wanted = static_cast<double>(top_p) * sum_from<double>(0.0f, row);
   const float least = search(wanted, row);
+  const float next = float_of(bits_of(least) + 1);
+  const int equal = sum_from<int>(least, row) - sum_from<int>(next, row);
+  const double above = sum_from<double>(next, row);
+  row.e = all;
+  row.V = V;
   if (least == 0.0f) return;
-  const int equal = sum_from<int>(least, row) - sum_from<int>(float_of(bits_of(least) + 1), row);
-  const double above = sum_from<double>(float_of(bits_of(least) + 1), row);
   int needed = static_cast<int>(ceil((wanted - above) / static_cast<double>(least)));
   needed = needed < 1 ? 1 : needed;
   drop_below(least, row);
   sync_block();
-  if (needed < equal) keep_first(least, needed, row);
+  if (needed < equal) {
+    number(
+        row, [=](float e) { return e == least; },
+        [&](int i, int n) {
+          if (n >= needed) row.e[i] = 0.0f;
+        });
+  }
   sync_block();
 }
 
@@ -126,7 +156,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int V = static_cast<int>(problem.V), threads = static_cast<int>(blockDim.x);
   const float* const logits = problem.logits + m * problem.V;
   float* const p = problem.p + m * problem.V;
-  Row row = {in_shared ? reinterpret_cast<float*>(&memory + 1) : p, V, memory};
+  Row row = {in_shared ? reinterpret_cast<float*>(&memory + 1) : p, V, &memory};
   float most = -INFINITY;
   for (int i = thread_index(); i < V; i += threads) most = max_or_nan(most, logits[i]);
   // A NaN is greater than nothing: it must not be lost among the warps.
@@ -143,12 +173,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
   sync_block();
   const int64_t k = problem.warp.top_k;
+  int count = kFew + 1;  // not known
   if (k > 0 && k < V) {
     const float least = search(static_cast<int>(k), row);
+    count = sum_from<int>(least > 0.0f ? least : float_of(1u), row);
     drop_below(least, row);
     sync_block();
   }
-  if (problem.warp.top_p < 1.0f) keep_top_p(problem.warp.top_p, row);
+  if (problem.warp.top_p < 1.0f) keep_top_p(problem.warp.top_p, count, row);
   const float least = problem.warp.min_p;
   const double factor_of_p = 1.0 / sum_from<double>(least, row);
   for (int i = thread_index(); i < V; i += threads) {

@@ -11,11 +11,17 @@ namespace {
 using Maybe = std::optional<Tensor>;
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// What holds the tokens, and its name: all other tensors must lie beside it.
+struct Input {
+  const Tensor& tensor;
+  const char* name;
+};
+
 // A contiguous tensor of one dimension beside `like`, or none.
 Maybe vector(const char* op, const char* name, const Maybe& t, ScalarType dtype, int64_t count,
-             const char* meaning, const Tensor& like) {
+             const char* meaning, const Input& like) {
   if (!t.has_value()) return std::nullopt;
-  check_same_device(op, name, *t, "the tokens", like);
+  check_same_device(op, name, *t, like.name, like.tensor);
   check_dtype(op, name, *t, dtype);
   check_dim(op, name, *t, 1);
   check_size(op, name, *t, 0, count, meaning);
@@ -36,9 +42,9 @@ struct TokenArguments {
   DeviceTokens tokens;
   Maybe labels, temperature;
 
-  TokenArguments(const char* op, const Tensor& like, int64_t V, const Maybe& labels_,
+  TokenArguments(const char* op, const Input& like, int64_t V, const Maybe& labels_,
                  const Tensor& temperature_, double softcap, const Labels& how) {
-    const int64_t M = like.size(0);
+    const int64_t M = like.tensor.size(0);
     SALTIRE_CHECK(V > 0, op, ": the vocabulary is empty; expected at least one logit a token.");
     SALTIRE_CHECK(std::isfinite(softcap) && softcap >= 0, op, ": softcap is ", softcap,
                   "; expected a number above 0, or 0 for none.");
@@ -67,14 +73,15 @@ struct GradientArguments {
   DeviceGradients gradients;
   Maybe keep[6];
 
-  GradientArguments(const char* op, const Tensor& like, const Tensor& max, const Tensor& log_sum,
+  GradientArguments(const char* op, const Input& like, const Tensor& max, const Tensor& log_sum,
                     const Tensor& entropy, const Maybe& d_logprob, const Maybe& d_entropy,
                     const Maybe& d_lse) {
     const Maybe given[6] = {max, log_sum, entropy, d_logprob, d_entropy, d_lse};
     const char* const names[6] = {"max",       "log_sum",   "entropy",
                                   "d_logprob", "d_entropy", "d_logsumexp"};
     for (int i = 0; i < 6; ++i) {
-      keep[i] = vector(op, names[i], given[i], ScalarType::Float, like.size(0), "tokens", like);
+      keep[i] =
+          vector(op, names[i], given[i], ScalarType::Float, like.tensor.size(0), "tokens", like);
     }
     gradients = {data_of<float>(keep[0]), data_of<float>(keep[1]), data_of<float>(keep[2]),
                  data_of<float>(keep[3]), data_of<float>(keep[4]), data_of<float>(keep[5])};
@@ -113,7 +120,7 @@ Stats token_stats_cuda(Tensor logits, Maybe labels, Tensor temperature, double s
                        int64_t ignore_index, int64_t first, int64_t vocabulary) {
   constexpr const char* kOp = "token_stats";
   check_dim(kOp, "logits", logits, 2);
-  const TokenArguments a(kOp, logits, logits.size(1), labels, temperature, softcap,
+  const TokenArguments a(kOp, {logits, "logits"}, logits.size(1), labels, temperature, softcap,
                          {ignore_index, first, vocabulary});
   const Tensor x = as_contiguous(logits);
   const RowsProblem p = rows_problem(kOp, logits, x, a.tokens);
@@ -129,9 +136,10 @@ Tensor token_stats_backward_cuda(Tensor logits, Maybe labels, Tensor temperature
                                  Maybe d_entropy, Maybe d_logsumexp) {
   constexpr const char* kOp = "token_stats_backward";
   check_dim(kOp, "logits", logits, 2);
-  const TokenArguments a(kOp, logits, logits.size(1), labels, temperature, softcap,
+  const TokenArguments a(kOp, {logits, "logits"}, logits.size(1), labels, temperature, softcap,
                          {ignore_index, first, vocabulary});
-  const GradientArguments g(kOp, logits, max, log_sum, entropy, d_logprob, d_entropy, d_logsumexp);
+  const GradientArguments g(kOp, {logits, "logits"}, max, log_sum, entropy, d_logprob, d_entropy,
+                            d_logsumexp);
   const Tensor x = as_contiguous(logits);
   RowsProblem p = rows_problem(kOp, logits, x, a.tokens);
   Tensor dx = new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type());
@@ -161,7 +169,7 @@ struct LinearArguments {
                   const Maybe& labels, const Tensor& temperature, double softcap, const Labels& how)
       : hidden(checked(op, hidden_, head_)),
         head(as_aligned(head_)),
-        tokens(op, hidden_, head_.size(0), labels, temperature, softcap, how) {
+        tokens(op, {hidden_, "hidden"}, head_.size(0), labels, temperature, softcap, how) {
     p.tokens = tokens.tokens;
     p.D = hidden.size(1);
     p.V = head.size(0);
@@ -169,7 +177,7 @@ struct LinearArguments {
     p.head = head.const_data_ptr();
     p.hidden_dtype = float_dtype(op, "hidden", hidden);
     p.head_dtype = float_dtype(op, "head", head);
-    bias = vector(op, "bias", bias_, ScalarType::Float, p.V, "the vocabulary", hidden_);
+    bias = vector(op, "bias", bias_, ScalarType::Float, p.V, "the vocabulary", {hidden_, "hidden"});
     p.bias = data_of<float>(bias);
   }
 
@@ -204,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_stats_backward_cuda(
   constexpr const char* kOp = "linear_token_stats_backward";
   const LinearArguments a(kOp, hidden, head, bias, labels, temperature, softcap,
                           {ignore_index, first, vocabulary});
-  const GradientArguments g(kOp, hidden, max, log_sum, entropy, d_logprob, d_entropy, d_logsumexp);
+  const GradientArguments g(kOp, {hidden, "hidden"}, max, log_sum, entropy, d_logprob, d_entropy,
+                            d_logsumexp);
   const LinearProblem& p = a.p;
   Tensor dh = new_tensor(hidden, {wants_hidden ? p.tokens.M : 0, p.D}, ScalarType::Float);
   // Its sums over all tokens are complete before they are stored, so they are rounded here, once.

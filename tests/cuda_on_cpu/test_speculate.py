@@ -66,6 +66,11 @@ def test_ties(program) -> None:
     assert kept.tolist() == [7, 150]
     kept = warp(program, logits, p=share + 1.5 / 320)["p"][0].nonzero().flatten()
     assert kept.tolist() == [0, 1, 7, 150, 299]
+    # The same among the few that top-k leaves.
+    kept = warp(program, logits, k=4, p=share + 1.5 / 320)["p"][0].nonzero().flatten()
+    assert kept.tolist() == [0, 1, 7, 150, 299]
+    kept = warp(program, logits, k=3, p=0.5)["p"][0].nonzero().flatten()
+    assert kept.tolist() == [7, 150]
 
 
 def test_rows_without_a_token_are_nan(program) -> None:
