@@ -115,7 +115,7 @@ def verify(program: Path, p, q, drafts, counts, positions, seed=5):
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "certain"])
 @pytest.mark.parametrize("V", [7, 600])
 def test_acceptance_is_the_cpus(program, V, certain) -> None:
-    for seed in range(4):
+    for seed in range(2):
         counts = torch.tensor([3, 0, 1, 6])
         S, B = int(counts.sum()), 4
         p = ops.warp_logits(torch.randn(S + B, V))
