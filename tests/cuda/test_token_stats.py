@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saltire import ops
 from saltire.errors import SaltireError
+from saltire.rl.policy import head_stats
 
 pytestmark = [
     pytest.mark.cuda,
@@ -105,6 +106,17 @@ def test_the_logits_are_never_held() -> None:
     before = torch.cuda.memory_allocated()
     ops.linear_token_stats(hidden, head).entropy.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 160e6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_policys_statistics_are_the_cpus(dtype) -> None:
+    """The fused op in bf16, torch's operations in f32."""
+    head, hidden = torch.nn.Linear(256, 3000).to(dtype), torch.randn(50, 256).to(dtype)
+    labels = torch.randint(0, 3000, (50,))
+    want = head_stats(hidden, head, labels, temperature=0.7)
+    got = head_stats(hidden.cuda(), head.cuda(), labels.cuda(), temperature=0.7)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
 
 
 def test_bad_tokens_and_labels_are_named() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from saltire.errors import SaltireError
 from saltire.ops import linear_token_stats
+from saltire.ops.library import HAS_CUDA_KERNELS
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,15 @@ def head_stats(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each label and entropy of each distribution, from hidden states and the head.
 
-    hidden: [N, D]. labels: int64 [N]. Returns f32 [N], f32 [N], both differentiable. On the CPU the
-    logits [N, V] are never held.
+    hidden: [N, D]. labels: int64 [N]. Returns f32 [N], f32 [N], both differentiable. The logits
+    [N, V] are never held on the CPU, nor on a CUDA device in bfloat16.
     """
-    if not hidden.is_cuda and type(head) is nn.Linear:
+    if _is_fused(hidden, head):
         stats = linear_token_stats(
             hidden,
             head.weight,
             labels,
-            bias=head.bias,
+            bias=None if head.bias is None else head.bias.float(),
             temperature=temperature,
             softcap=softcap,
             check=False,
@@ -169,6 +170,14 @@ def head_stats(
     logprob = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
     return logprob, entropy
+
+
+def _is_fused(hidden: Tensor, head: nn.Linear) -> bool:
+    """Whether the op does it: on a device only where it uses the tensor cores."""
+    if type(head) is not nn.Linear:
+        return False
+    bf16 = hidden.dtype == head.weight.dtype == torch.bfloat16 and hidden.shape[-1] % 8 == 0
+    return not hidden.is_cuda or (HAS_CUDA_KERNELS and bf16)
 
 
 def _refuse_non_finite(logprob: Tensor, sequences: Sequences) -> None:
