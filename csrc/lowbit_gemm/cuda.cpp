@@ -8,7 +8,7 @@
 namespace saltire::lowbit_gemm {
 namespace {
 
-void* data_of(Tensor& t) {
+void* memory_of(Tensor& t) {
   return t.mutable_data_ptr();
 }
 
@@ -19,7 +19,7 @@ Tensor lowbit_prepack_cuda(const Tensor& packed, const Tensor& scale,
   Tensor w = new_tensor(packed, {layout.bytes()}, ScalarType::Byte);
   const cuda::Place place(packed);
   prepack(layout, static_cast<const uint8_t*>(c.packed.const_data_ptr()), c.scale.const_data_ptr(),
-          c.zero_data(), static_cast<uint8_t*>(data_of(w)), place.stream);
+          c.zero_data(), static_cast<uint8_t*>(memory_of(w)), place.stream);
   // Products ask for weights before the kernel in front of them has ended; so no kernel that writes
   // weights may be in front of them.
   const cudaError_t error = cudaStreamSynchronize(place.stream);
@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> lowbit_unprepack_cuda(const Tensor& w, int64_
       has_zero ? new_tensor(w, {n, layout.groups()}, scale_dtype) : new_tensor(w, {0}, scale_dtype);
   const cuda::Place place(w);
   unprepack(layout, static_cast<const uint8_t*>(in.const_data_ptr()),
-            static_cast<uint8_t*>(data_of(packed)), data_of(scale), data_of(zero), place.stream);
+            static_cast<uint8_t*>(memory_of(packed)), memory_of(scale), memory_of(zero),
+            place.stream);
   return {packed, scale, zero};
 }
 
@@ -99,14 +100,14 @@ Tensor lowbit_gemm_cuda(const Tensor& codes, const Tensor& x_scale, const Tensor
   p.out_type = o.out;
   Tensor out = new_tensor(codes, {o.m, n}, out_dtype);
   if (o.m == 0) return out;
-  p.out = data_of(out);
+  p.out = memory_of(out);
   const cuda::Place place(codes);
   const DevicePlan plan = make_plan(p, place.device);
   std::optional<Tensor> workspace;
   if (plan.workspace_bytes > 0) {
     workspace = new_tensor(codes, {plan.workspace_bytes}, ScalarType::Byte);
   }
-  run(p, plan, place.device, workspace ? data_of(*workspace) : nullptr, place.stream);
+  run(p, plan, place.device, workspace ? memory_of(*workspace) : nullptr, place.stream);
   return out;
 }
 

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from tests.cuda_on_cpu.emulate import CSRC, ROOT
 
 BUILD = ROOT / "build" / "cuda_compiler"
@@ -78,6 +80,16 @@ def compile_kernels(source: Path, arch: str) -> tuple[dict[str, Kernel], list[st
         cubin.unlink()
         temporary.replace(sass)
     return _read(report.read_text(), sass.read_text())
+
+
+def compile_registration(source: Path) -> None:
+    """Compile a room's cuda.cpp, which links a device's ops to torch, as CMakeLists.txt does."""
+    compiler = nvcc()
+    assert compiler
+    include = Path(torch.__file__).parent / "include"
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = [compiler, "-std=c++17", *defines, f"-I{CSRC}", "-isystem", str(include)]
+    _run([*command, "-Xcompiler", "-fsyntax-only", "-c", str(source), "-o", os.devnull])
 
 
 def _read(report: str, sass: str) -> tuple[dict[str, Kernel], list[str]]:

@@ -6,7 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.cuda_on_cpu.compiler import Kernel, compile_kernels, nvcc, nvdisasm
+from tests.cuda_on_cpu.compiler import (
+    Kernel,
+    compile_kernels,
+    compile_registration,
+    nvcc,
+    nvdisasm,
+)
 from tests.cuda_on_cpu.emulate import CSRC
 
 pytestmark = [
@@ -57,6 +63,11 @@ def test_tensor_core_kernels_call_nothing(compiled, case) -> None:
     for kernel in compiled[case][0].values():
         if any(kernel.count(opcode) for opcode in TENSOR_CORES):
             assert kernel.count("CALL") == 0, kernel.name
+
+
+@pytest.mark.parametrize("room", sorted(f.parent.name for f in CSRC.glob("*/cuda.cpp")))
+def test_registrations_compile(room) -> None:
+    compile_registration(CSRC / room / "cuda.cpp")
 
 
 # File -> opcode prefix that the kernels whose name holds the word must have, by architecture.
