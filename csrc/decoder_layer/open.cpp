@@ -175,6 +175,38 @@ Layer read_layer(Reader& reader, const Model& m) {
   return layer;
 }
 
+// The first tensor; codes are uint8 [V, D] or, at 4 bits, [V, D / 2], and their scales come second.
+void read_embedding(const std::vector<Tensor>& tensors, Model& m) {
+  constexpr const char* kOp = "decoder_open";
+  const Tensor& codes = tensors[0];
+  if (codes.scalar_type() != ScalarType::Byte) {
+    m.embedding = Reader::dense("embedding", codes, m.vocabulary, m.hidden);
+    return;
+  }
+  SALTIRE_CHECK(tensors.size() >= 2, kOp, ": the embedding has codes and no scales.");
+  const Tensor& scale = tensors[1];
+  check_dim(kOp, "embedding", codes, 2);
+  check_size(kOp, "embedding", codes, 0, m.vocabulary, "V");
+  SALTIRE_CHECK(codes.size(1) == m.hidden || codes.size(1) * 2 == m.hidden, kOp,
+                ": the codes of the embedding are ", codes.size(1), " wide; expected ", m.hidden,
+                " at 8 bits or ", m.hidden / 2, " at 4.");
+  check_dtype(kOp, "embedding scale", scale, ScalarType::Half);
+  check_dim(kOp, "embedding scale", scale, 2);
+  check_size(kOp, "embedding scale", scale, 0, m.vocabulary, "V");
+  SALTIRE_CHECK(scale.size(1) >= 1 && m.hidden % scale.size(1) == 0, kOp, ": ", scale.size(1),
+                " scales cannot be shared evenly by ", m.hidden, " values.");
+  check_cpu(kOp, "embedding", codes);
+  check_cpu(kOp, "embedding scale", scale);
+  SALTIRE_CHECK(codes.is_contiguous() && scale.is_contiguous(), kOp,
+                ": the embedding is not contiguous. Call .contiguous().");
+  m.embedding.format = codes.size(1) == m.hidden ? Format::u8 : Format::u4;
+  m.embedding.n = m.vocabulary;
+  m.embedding.k = m.hidden;
+  m.embedding.w = codes.const_data_ptr();
+  m.embedding_scale = static_cast<const uint16_t*>(scale.const_data_ptr());
+  m.embedding_group = m.hidden / scale.size(1);
+}
+
 Tensor decoder_open(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
                     std::vector<int64_t> description, std::vector<double> clips, double eps) {
   constexpr const char* kOp = "decoder_open";
@@ -201,7 +233,7 @@ Tensor decoder_open(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
   SALTIRE_CHECK(m.heads % m.kv_heads == 0, kOp, ": ", m.heads, " heads cannot share ", m.kv_heads,
                 " heads of keys evenly.");
   const std::vector<Tensor>& t = open->tensors;
-  m.embedding = Reader::dense("embedding", t[0], m.vocabulary, m.hidden);
+  read_embedding(t, m);
   Reader reader(t, description, clips);
   m.final_norm = reader.vector("final_norm", m.hidden);
   m.head = reader.linear("head", m.vocabulary, m.hidden);

@@ -66,6 +66,10 @@ class Step {
 
   void embed() {
     const int64_t D = model_.hidden;
+    if (is_coded(model_.embedding.format)) {
+      for (int64_t m = 0; m < args_.rows; ++m) decode_row(args_.row[m].token, state_ + m * D);
+      return;
+    }
     for (int64_t m = 0; m < args_.rows; ++m) {
       const int64_t at = args_.row[m].token * D;
       float* out = state_ + m * D;
@@ -77,6 +81,18 @@ class Step {
       const auto* in = static_cast<const uint16_t*>(model_.embedding.w) + at;
       const bool f16 = model_.embedding.format == Format::f16;
       for (int64_t i = 0; i < D; ++i) out[i] = f16 ? f16_to_f32(in[i]) : bf16_to_f32(in[i]);
+    }
+  }
+
+  // value = (code - half of the codes) · scale; of two 4-bit codes the even one lies low.
+  void decode_row(int64_t token, float* out) const {
+    const int64_t D = model_.hidden, group = model_.embedding_group;
+    const int64_t bits = format_bits(model_.embedding.format);
+    const auto* codes = static_cast<const uint8_t*>(model_.embedding.w) + token * D * bits / 8;
+    const uint16_t* scale = model_.embedding_scale + token * (D / group);
+    for (int64_t i = 0; i < D; ++i) {
+      const int code = bits == 8 ? codes[i] : codes[i / 2] >> (i % 2 * 4) & 15;
+      out[i] = static_cast<float>(code - (1 << (bits - 1))) * f16_to_f32(scale[i / group]);
     }
   }
 

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from saltire.cli import build_app
+from saltire.cli.doctor import _cuda
 from saltire.errors import SaltireError
 from saltire.models.default import default_model_path
 from saltire.models.saving import save_checkpoint
@@ -53,6 +54,19 @@ def refusal(*arguments: object) -> str:
     assert isinstance(result.exception, SaltireError), result.output + repr(result.exception)
     assert "\n" not in str(result.exception)
     return str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("archs", "torch_cuda", "built_with", "said"),
+    [
+        ("90a", "13.0", "2.13.0+cu130", "built for 90a"),
+        ("", None, "2.13.0+cpu", "this torch has no CUDA"),
+        ("", "13.0", "2.13.0+cpu", "pip install --no-build-isolation ."),
+        ("", "13.0", "2.13.0+cu130", "Put nvcc on PATH"),
+    ],
+)
+def test_doctor_tells_why_there_are_no_cuda_kernels(archs, torch_cuda, built_with, said) -> None:
+    assert said in _cuda(archs, torch_cuda, built_with)
 
 
 def test_doctor_tells_what_is_there() -> None:

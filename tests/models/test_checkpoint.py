@@ -81,7 +81,8 @@ def test_files_hold_packed_integers_and_no_float_copy(tmp_path: Path) -> None:
         assert file.get_tensor(name).dtype == torch.uint8
         assert file.get_tensor(name).shape == (64, 96 // 2)
         assert "model.layers.0.mlp.down_proj.weight" not in list(file.keys())
-        assert file.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16
+        assert file.get_tensor("model.embed_tokens.weight_packed").dtype == torch.uint8
+        assert file.get_tensor("model.norm.weight").dtype == torch.bfloat16
         assert "lm_head.weight" not in list(file.keys()), "the tied head is stored twice"
 
 

@@ -59,18 +59,23 @@ def collect() -> dict[str, Any]:
         "compiler": _C.compiler,
         "threads": torch.get_num_threads(),
         "instruction_set": ops.isa_reason(),
-        "cuda_kernels": _cuda(_C.cuda_archs, torch.version.cuda),
+        "cuda_kernels": _cuda(_C.cuda_archs, torch.version.cuda, _C.torch_version),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "default_model": _default_model(),
         "extras": {extra: _extra(extra, packages) for extra, packages in _extras().items()},
     }
 
 
-def _cuda(archs: str, torch_cuda: str | None) -> str:
+def _cuda(archs: str, torch_cuda: str | None, built_with: str) -> str:
     if archs:
         return f"built for {archs}"
     if torch_cuda is None:
         return "not built: this torch has no CUDA"
+    if built_with.endswith("+cpu"):
+        return (
+            f"not built: saltire was built with torch {built_with}, which has no CUDA. Build it "
+            "with this torch: pip install --no-build-isolation ."
+        )
     return "not built: no nvcc was found. Put nvcc on PATH and install saltire again"
 
 

@@ -33,6 +33,9 @@ def quantize(
     kv_bits: int | None = typer.Option(
         None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
     ),
+    embedding_bits: int | None = typer.Option(
+        None, help="bits of the embedding: 16, 8 or 4; default: the recipe's, 8"
+    ),
     bits_per_weight: float = typer.Option(
         0.0, help="deal out 2 and 4 bits to the layers, so many on average (scales counted)"
     ),
@@ -66,6 +69,8 @@ def quantize(
         chosen = with_transform(chosen, transform)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
+    if embedding_bits is not None:
+        chosen = replace(chosen, embedding_bits=embedding_bits)
     if bits_per_weight or budget_mb:
         chosen = replace(chosen, bits_per_weight=bits_per_weight, budget_mb=budget_mb)
     processes.start_if_launched()

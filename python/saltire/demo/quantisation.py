@@ -27,7 +27,7 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
         rows[name] = fresh_process("eval", "default", "--dtype", dtype, "--speed")
     console.print("the model writes its own calibration text")
     model, tokenizer = load_model()
-    tokens = calibration_tokens("self", model, tokenizer)
+    tokens = calibration_tokens("self", model, tokenizer, samples=8)
     for recipe in RECIPES:
         console.print(f"quantising to {recipe}, saving, measuring in a fresh process")
         if model is None:

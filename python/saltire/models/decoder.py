@@ -15,6 +15,7 @@ from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights
 from saltire.nn.device_decoder import DeviceDecoder
 from saltire.nn.kv_cache import CODE_BITS
 from saltire.nn.native_decoder import NativeDecoder
+from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.ops.decoder_layer import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def build_decoder(
     SaltireError, naming what it is, for anything in the model that the decoder cannot run.
     """
     weights, dtype = _weights(model, linear), CACHE_DTYPES[kv_bits(model)]
-    if weights[2].device.type == "cuda":
+    if model.device.type == "cuda":
         return DeviceDecoder(*weights, torch.bfloat16 if dtype == torch.float32 else dtype)
     return NativeDecoder(*weights, dtype)
 
@@ -60,7 +61,7 @@ def build_device_decoder(
 Weights = tuple[
     DecoderSizes,
     float,
-    Tensor,
+    Tensor | QuantEmbedding,
     nn.Module,
     Tensor,
     Iterable[LayerWeights],
@@ -84,7 +85,7 @@ def _weights(model: PreTrainedModel, linear: Callable[[str, nn.Module], nn.Modul
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
-        vocabulary=embedding.weight.shape[0],
+        vocabulary=embedding.num_embeddings,
         positions=config.max_position_embeddings,
     )
     layers = (
@@ -101,7 +102,7 @@ def _weights(model: PreTrainedModel, linear: Callable[[str, nn.Module], nn.Modul
     return (
         sizes,
         config.rms_norm_eps,
-        embedding.weight,
+        embedding if isinstance(embedding, QuantEmbedding) else embedding.weight,
         linear("lm_head", head),
         norm.weight,
         layers,

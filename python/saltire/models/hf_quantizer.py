@@ -20,20 +20,21 @@ from saltire.models.adapters import adapter_for, share_inputs
 from saltire.models.kv_rounding import UNROUNDED, check_kv_bits, set_kv_bits
 from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.linear_format import AnyFormat, FactoredFormat, read_format
+from saltire.nn.quant_embedding import EmbeddingFormat, QuantEmbedding
 from saltire.nn.quant_linear import QuantLinear
 
 if TYPE_CHECKING:  # this module may be imported while transformers itself is being imported
     from transformers import PreTrainedModel
 
 METHOD = "saltire"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the embedding may be quantised
 
 
 @register_quantization_config(METHOD)
 class SaltireConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint: which layers are quantised, and how.
 
-    layers: full module name -> fields of LinearFormat or FactoredFormat. recipe: the name it was
+    layers: full module name -> fields of its format. recipe: the name it was
     made with, for people. rest_dtype: dtype in which the tensors that are not quantised are stored.
     kv_bits: of keys and values, 16 for as they come.
     """
@@ -75,7 +76,7 @@ class SaltireHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         adapter_for(model.config)
         for name, format in self.quantization_config.formats().items():
-            replace_linear(model, name, format)
+            replace_layer(model, name, format)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -106,21 +107,27 @@ class SaltireHfQuantizer(HfQuantizer):
         return False
 
 
-def replace_linear(
-    model: torch.nn.Module, name: str, format: AnyFormat
-) -> QuantLinear | FactoredQuantLinear:
-    """Put an empty quantised layer in place of the linear ``name``, on the same device."""
+def replace_layer(model: torch.nn.Module, name: str, format: AnyFormat) -> torch.nn.Module:
+    """Put an empty quantised layer in place of the one called ``name``, on the same device."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    linear = parent.get_submodule(child)
+    new = _empty_layer(name, parent.get_submodule(child), format)
+    setattr(parent, child, new)
+    return new
+
+
+def _empty_layer(name: str, old: torch.nn.Module, format: AnyFormat) -> torch.nn.Module:
+    if isinstance(format, EmbeddingFormat):
+        if not isinstance(old, torch.nn.Embedding):
+            raise SaltireError(f"{name} is a {type(old).__name__}; expected an embedding.")
+        V, D = old.num_embeddings, old.embedding_dim
+        with torch.device(old.weight.device):
+            return QuantEmbedding(V, D, format, old.weight.dtype)
+    linear = old
     if not isinstance(linear, torch.nn.Linear):
         raise SaltireError(f"{name} is a {type(linear).__name__}; expected a linear layer.")
     K, N, bias = linear.in_features, linear.out_features, linear.bias is not None
-    new: QuantLinear | FactoredQuantLinear
     with torch.device(linear.weight.device):
         if isinstance(format, FactoredFormat):
-            new = FactoredQuantLinear(K, N, format, bias=bias)
-        else:
-            new = QuantLinear(K, N, format, bias=bias)
-    setattr(parent, child, new)
-    return new
+            return FactoredQuantLinear(K, N, format, bias=bias)
+        return QuantLinear(K, N, format, bias=bias)

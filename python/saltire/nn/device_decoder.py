@@ -23,6 +23,7 @@ from saltire.errors import SaltireError
 from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights, StepResult
 from saltire.nn.device_products import Dense, Product
 from saltire.nn.kv_cache import KVCache
+from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.nn.recording import GraphRecorder, Recorder, Replay, keep_calling
 from saltire.ops import layer_parts
 from saltire.ops.decoder_layer import ATTENTION, CONFIDENCE_BINS, MLP, PRIVATE, ROW_COLUMNS
@@ -111,7 +112,7 @@ class DeviceDecoder(Decoder):
         self,
         sizes: DecoderSizes,
         eps: float,
-        embedding: Tensor,
+        embedding: Tensor | QuantEmbedding,
         head: nn.Module,
         final_norm: Tensor,
         layers: Iterable[LayerWeights],
@@ -121,6 +122,8 @@ class DeviceDecoder(Decoder):
     ) -> None:
         """layers: taken one after another, so that they need not all exist at once. rotation:
         positions [T] -> cosines and sines, f32 [T, head_dim / 2] each."""
+        if isinstance(embedding, QuantEmbedding):
+            embedding = embedding.dequantized().to(dtype)
         self.device, self.dtype, self.eps = embedding.device, dtype, eps
         tied = isinstance(head, nn.Linear) and head.weight.data_ptr() == embedding.data_ptr()
         # Logits of codes come in float32 at no cost; dense weights need their input in their dtype.

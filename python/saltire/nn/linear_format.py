@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saltire.errors import SaltireError
+from saltire.nn.quant_embedding import EmbeddingFormat
 
 WEIGHT_BITS = (2, 3, 4)
 ACTIVATION_BITS = (3, 4, 8)
@@ -136,11 +137,13 @@ class FactoredFormat:
         return cls(values["rank"], down, up)
 
 
-AnyFormat = LinearFormat | FactoredFormat
+AnyFormat = LinearFormat | FactoredFormat | EmbeddingFormat
 
 
 def read_format(values: Mapping[str, Any]) -> AnyFormat:
     """The format that plain JSON values stand for."""
+    if "embedding_bits" in values:
+        return EmbeddingFormat.from_dict(values)
     return (FactoredFormat if "down" in values else LinearFormat).from_dict(values)
 
 

@@ -13,6 +13,7 @@ from saltire.errors import SaltireError
 from saltire.nn.decoder import Decoder, DecoderSizes, LayerWeights, StepResult
 from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.kv_cache import KVCache
+from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.nn.quant_linear import QuantLinear
 from saltire.ops.decoder_layer import (
     decoder_close,
@@ -77,8 +78,13 @@ class LinearWeights:
 class _Description:
     """The flat form of a model that ``decoder_open`` reads."""
 
-    def __init__(self, embedding: Tensor) -> None:
-        self.tensors = [embedding.detach()]
+    def __init__(self, embedding: Tensor | QuantEmbedding) -> None:
+        # The embedding comes first, and the scales of its codes, if it has any, second.
+        self.tensors = (
+            [embedding.weight_packed, embedding.weight_scale]
+            if isinstance(embedding, QuantEmbedding)
+            else [embedding.detach()]
+        )
         self.values: list[int] = []
         self.clips: list[float] = []
 
@@ -125,7 +131,7 @@ class NativeDecoder(Decoder):
         self,
         sizes: DecoderSizes,
         eps: float,
-        embedding: Tensor,
+        embedding: Tensor | QuantEmbedding,
         head: nn.Module,
         final_norm: Tensor,
         layers: Iterable[LayerWeights],
@@ -161,9 +167,11 @@ class NativeDecoder(Decoder):
         self._rotation = torch.empty(0, 2, sizes.head_dim // 2)
         unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
         self.weight_bytes = sum(unique.values())
-        tied = output.weight.data_ptr() == embedding.data_ptr()
+        rows = tensors[:2] if isinstance(embedding, QuantEmbedding) else tensors[:1]
+        tied = output.weight.data_ptr() == rows[0].data_ptr()
         # A step reads a few rows of the embedding, unless it is the head as well.
-        self.read_bytes = self.weight_bytes - (0 if tied else unique[embedding.data_ptr()])
+        unread = 0 if tied else sum(unique[t.data_ptr()] for t in rows)
+        self.read_bytes = self.weight_bytes - unread
 
     def step_rows(
         self,

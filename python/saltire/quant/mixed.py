@@ -28,6 +28,7 @@ FORMATS = ((2, 64), (4, 0), (4, 64))
 SCALE_BYTES = {0: 4, 64: 2}  # of float32 and float16 scales
 MOST_TOKENS = 1024  # of the text that gradients are taken on
 REST_BYTES = 2  # of a value that is not quantised
+SCALE_BITS = 0.25  # a value of the embedding, of the float16 that 64 share
 HEAD_BITS = 4.25  # of a quantised head, with its scales
 
 
@@ -148,6 +149,9 @@ def budget_bytes(
     tied = head is model.get_input_embeddings().weight
     rest = (whole - weights - (0 if tied or not recipe.head else head.numel())) * REST_BYTES
     rest += int(head.numel() * HEAD_BITS / 8) if recipe.head else 0
+    if recipe.rounds_embedding(tied):
+        values = model.get_input_embeddings().weight.numel()
+        rest -= int(values * (REST_BYTES - (recipe.embedding_bits + SCALE_BITS) / 8))
     return int(recipe.budget_mb * 1e6) - rest
 
 

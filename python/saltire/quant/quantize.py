@@ -13,14 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saltire import processes
 from saltire.errors import SaltireError
 from saltire.models.adapters import Adapter, adapter_for, share_inputs
-from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer, replace_linear
+from saltire.models.hf_quantizer import SaltireConfig, SaltireHfQuantizer, replace_layer
 from saltire.models.kv_rounding import set_kv_bits
 from saltire.nn.linear_format import AnyFormat, read_format
 from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
+from saltire.quant.embedding import round_embedding
 from saltire.quant.journal import Journal
-from saltire.quant.layer import quantize_group
+from saltire.quant.layer import put, quantize_group
 from saltire.quant.learning.stages import prepare, turn_values
 from saltire.quant.lowrank.compress import GroupMethod, group_method
 from saltire.quant.recipe import Recipe, parse_recipe
@@ -67,7 +68,7 @@ class Pass:
         set_kv_bits(model, self.recipe.kv_bits)
         method = group_method(model, adapter, self.tokens, self.batch, self.recipe)
         done = 0 if journal is None else journal.finished()
-        formats: dict[str, AnyFormat] = {}
+        formats = self._embedding()
         for index in range(done):
             formats |= self._restore(index)
         files = None if journal is None else journal.states()
@@ -95,6 +96,17 @@ class Pass:
             self.weights.empty(block)
         return formats | self._head(runner)
 
+    def _embedding(self) -> dict[str, AnyFormat]:
+        """Round the embedding, unless it also is a head that stays as it is."""
+        recipe, old = self.recipe, self.model.get_input_embeddings()
+        if not recipe.rounds_embedding(getattr(self.model.config, "tie_word_embeddings", False)):
+            return {}
+        assert isinstance(old, nn.Embedding)
+        path = next(name for name, module in self.model.named_modules() if module is old)
+        made = round_embedding(old, recipe.embedding_bits, path)
+        put(self.model, path, made)
+        return {path: made.format}
+
     def _head(self, runner: BlockRunner) -> dict[str, AnyFormat]:
         if not self.recipe.head:
             return {}
@@ -114,7 +126,7 @@ class Pass:
         }
         if isinstance(self.weights, Resident):
             for name, format in formats.items():
-                replace_linear(self.model, name, format)
+                replace_layer(self.model, name, format)
             prefix = f"{self._path(index)}."
             block = self.adapter.blocks(self.model)[index]
             tensors = self.journal.tensors(index)

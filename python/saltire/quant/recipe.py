@@ -13,6 +13,7 @@ import yaml
 from saltire.errors import SaltireError
 from saltire.models.kv_rounding import UNROUNDED, check_kv_bits
 from saltire.nn.linear_format import LinearFormat
+from saltire.nn.quant_embedding import EMBEDDING_BITS
 from saltire.quant.learning.losses import LOSSES, Loss
 
 TransformName = Literal["none", "smooth", "hadamard", "kronecker", "bdq"]
@@ -86,7 +87,8 @@ class Recipe:
     of ``block`` channels; ``full``, one rotation over all. learning: what is learned after the
     closed forms. head: also quantise the head that gives the
     logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
-    dtype in which the tensors that are not quantised (embedding, norms) are stored. low_rank: join
+    dtype in which the tensors that are not quantised (norms) are stored. embedding_bits: 8 or 4, or
+    16 for ``rest_dtype``; an embedding that is the head too stays if the head does. low_rank: join
     it with a low-rank decomposition of the linears in the blocks. kv_bits: of the keys and values
     that the model keeps: 8, 4 or 2, or 16 for as they come. bits_per_weight: deal out 2 and 4 bits
     to the linears of the blocks within so many on average, scales counted; budget_mb: within so
@@ -104,6 +106,7 @@ class Recipe:
     block: int = 64
     head: bool = True
     rest_dtype: str = "bfloat16"
+    embedding_bits: int = 8
     low_rank: LowRank | None = None
     kv_bits: int = UNROUNDED
     bits_per_weight: float = 0.0
@@ -112,6 +115,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_kv_bits(self.kv_bits)
+        if self.embedding_bits not in (*EMBEDDING_BITS, UNROUNDED):
+            raise SaltireError(
+                f"embedding_bits = {self.embedding_bits!r}; expected 16, or one of "
+                f"{', '.join(map(str, EMBEDDING_BITS))}."
+            )
         if self.transform not in TRANSFORMS:
             raise SaltireError(
                 f"transform = {self.transform!r}; expected one of {', '.join(TRANSFORMS)}."
@@ -133,6 +141,10 @@ class Recipe:
     def turns_values(self) -> bool:
         """Whether each block's values are turned before it is quantised."""
         return self.turn and self.transform == "bdq" and self.low_rank is None
+
+    def rounds_embedding(self, tied: bool) -> bool:
+        """Whether the embedding is rounded, given whether it is the head as well."""
+        return self.embedding_bits != UNROUNDED and (self.head or not tied)
 
     @property
     def mixed(self) -> bool:

@@ -52,7 +52,7 @@ class SharedPrefixScorer:
         """
         P, m, longest = len(prefix), len(targets), max(len(t) for t in targets)
         self._check_length(P + longest)
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         padded = torch.zeros(m, longest, dtype=torch.int64)
         for row, target in enumerate(targets):
             padded[row, : len(target)] = target  # padding stands behind: causally unseen

@@ -13,6 +13,7 @@ from saltire.errors import SaltireError
 from saltire.models.saving import save_checkpoint
 from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.linear_format import FactoredFormat, LinearFormat, read_format
+from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import RECIPES, quantize
 from saltire.quant.lowrank.compress import kept_whole
@@ -92,11 +93,11 @@ def test_how_many_layers_stay_whole_is_said(tmp_path: Path) -> None:
     assert said.startswith(f"{factored} linears in two factors, {whole} whole")
 
 
-def test_a_tied_head_is_untied_and_the_embedding_is_left() -> None:
+def test_a_tied_head_and_its_embedding_are_each_rounded_in_their_own_way() -> None:
     model, tokens = compressed(LowRank("factored", 0.8))
     assert not model.config.tie_word_embeddings
     assert isinstance(model.lm_head, QuantLinear)
-    assert isinstance(model.model.embed_tokens, torch.nn.Embedding)
+    assert isinstance(model.model.embed_tokens, QuantEmbedding)
     assert model(tokens).logits.isfinite().all()
 
 

@@ -30,8 +30,9 @@ def kept_whole(checkpoint: Path) -> str:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     layers = config["quantization_config"]["layers"].values()
     factored = sum("down" in format for format in layers)
+    whole = sum("weight_bits" in format for format in layers)
     return (
-        f"{factored} linears in two factors, {len(layers) - factored} whole: a whole one is "
+        f"{factored} linears in two factors, {whole} whole: a whole one is "
         "smaller than the factors it needs, or loses too much in them"
     )
 
