@@ -86,7 +86,7 @@ struct DeviceLinearGradients {
 
 // floats: products in f32 by plain multiply-adds, for every mix of dtypes.
 // mma:    bf16 mma.m16n8k16 tiles of 128 x 128, f32 sums; hidden and head bf16, D a multiple of 8.
-// sm90:   the same by wgmma and TMA, tiles of 128 x 256.
+// sm90:   the same by wgmma and TMA, tiles of 256 x 256 by clusters of two blocks.
 enum class LinearRoute { floats, mma, sm90 };
 
 // Forward: a block takes the tokens of one tile over one of `splits` ranges of the vocabulary and

@@ -69,10 +69,10 @@ constexpr int kMmaTile = 128;
 constexpr int kMmaThreads = 256;
 size_t mma_shared_bytes();
 
-constexpr int kSm90Rows = 128, kSm90Columns = 256;
-// Four stages of 64 inputs, and their barriers.
+constexpr int kSm90Rows = 256, kSm90Columns = 256;  // of a cluster of two blocks
+// Of a block: four stages of 64 inputs, and their barriers.
 constexpr size_t sm90_shared_bytes() {
-  return 4 * (kSm90Rows + kSm90Columns) * 64 * 2 + 64;
+  return 4 * (kSm90Rows / 2 + kSm90Columns) * 64 * 2 + 64;
 }
 
 void run_floats(Role role, const LinearTask& task, cudaStream_t stream);

@@ -94,6 +94,7 @@ const char* name_of(LinearRoute route) {
 }
 
 int slots_of(const LinearPlan& plan, const cuda::Device& device) {
+  if (plan.route == LinearRoute::sm90) return std::max(1, device.multiprocessors / 2);
   const auto fit = static_cast<int64_t>(device.shared_bytes) / (plan.shared_bytes + 1024);
   return device.multiprocessors * (fit >= 2 ? 2 : 1);
 }

@@ -1,9 +1,12 @@
 // The products of the linear form on Hopper: wgmma m64n256k16 in bf16, both operands in shared
-// memory, where the copy engine puts them swizzled. Tiles of 128 x 256, 64 inputs a stage, four
-// stages. One warp copies; two warpgroups compute 64 rows each, 128 sums a thread.
+// memory, where the copy engine puts them swizzled. A cluster of two blocks works on a tile of
+// 256 x 256, 64 inputs a stage, four stages. In a block one warp copies; two warpgroups compute 64
+// rows each, 128 sums a thread.
 //
-// 128 x 256 x 64 multiply-adds are 1,024 clocks of tensor core and 48 KB to read, 48 bytes a clock:
-// more than a multiprocessor's share of the L2. Clusters that share a box are the next step.
+// 128 x 256 x 64 multiply-adds are 1,024 clocks of tensor core and 48 KB of operands, 48 bytes a
+// clock: more than a multiprocessor's share of the L2. So each block reads half of the columns that
+// both need, for both: 32 bytes a clock. A stage is free for the copies of either block when both
+// have done with it.
 //
 // A row is shared by four lanes only, so a thread keeps the running sums of its two rows in
 // registers over all its tiles, and lanes meet once, at the end of the range.
@@ -14,15 +17,17 @@
 namespace saltire::token_stats {
 namespace {
 
-constexpr int kRows = kSm90Rows, kColumns = kSm90Columns, kDepth = 64;
+constexpr int kBlocks = 2;                  // of a cluster
+constexpr int kRows = kSm90Rows / kBlocks;  // of a block
+constexpr int kColumns = kSm90Columns, kDepth = 64;
 constexpr int kStages = 4;
 constexpr int kGroups = kRows / 64;  // warpgroups that compute
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;
 constexpr int kABytes = kRows * kDepth * 2, kBBytes = kColumns * kDepth * 2;
 constexpr int kStageBytes = kABytes + kBBytes;
-constexpr int kProducerRegisters = 24;  // 2·128·240 + 128·24 <= 65,536
-constexpr int kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40;  // 2·128·232 + 128·40 <= 65,536
+constexpr int kConsumerRegisters = 232;
 constexpr int kSums = 128;
 
 struct Maps {
@@ -54,22 +59,29 @@ constexpr bool kBRows = role == Role::head || role == Role::hidden;
 
 // --- copying ------------------------------------------------------------------------------------
 
-// `rows` rows from `row` on, 64 inputs from `depth` on: one box, or one for each 64 rows.
-template <bool along_rows>
-SALTIRE_DEVICE void ask_for(const TensorMap* map, int rows, int row, int depth, unsigned char* to,
+// 128 rows from `row` on, 64 inputs from `depth` on, for this block or both: one box, or one for
+// each 64 rows. Either way 16 KB.
+template <bool along_rows, bool for_both>
+SALTIRE_DEVICE void ask_for(const TensorMap* map, int row, int depth, unsigned char* to,
                             Barrier* full) {
-  if constexpr (along_rows) {
-    for (int i = 0; i < rows; i += 64) {
-      copy_box(to + i / 64 * kBoxOfRows, map, depth, (row + i) * 2, full);
+  const auto copy = [=](unsigned char* box, int matrix_row, int column) {
+    if constexpr (for_both) {
+      copy_box_to_both(box, map, matrix_row, column * 2, full);
+    } else {
+      copy_box(box, map, matrix_row, column * 2, full);
     }
+  };
+  if constexpr (along_rows) {
+    for (int i = 0; i < 128; i += 64) copy(to + i / 64 * kBoxOfRows, depth, row + i);
   } else {
-    copy_box(to, map, row, depth * 2, full);
+    copy(to, row, depth);
   }
 }
 
 template <Role role>
 SALTIRE_DEVICE void copy_tiles(const LinearTask& task, const Maps& maps, int depth,
-                               const Place& place) {
+                               const Place& place, int rank) {
+  const int row = place.row_tile * kSm90Rows + rank * kRows;
   Turn turn;
   turn.parity = 1;  // every stage begins empty
   for (int tile = task.tiling.begin(place.split); tile < task.tiling.begin(place.split + 1);
@@ -79,8 +91,9 @@ SALTIRE_DEVICE void copy_tiles(const LinearTask& task, const Maps& maps, int dep
       unsigned char* const to = shared_memory() + turn.slot * kStageBytes;
       Barrier* const full = full_barrier(turn.slot);
       arrive_and_expect(full, kStageBytes);
-      ask_for<kARows<role>>(&maps.a, kRows, place.row_tile * kRows, k, to, full);
-      ask_for<kBRows<role>>(&maps.b, kColumns, tile * kColumns, k, to + kABytes, full);
+      ask_for<kARows<role>, false>(&maps.a, row, k, to, full);
+      ask_for<kBRows<role>, true>(&maps.b, tile * kColumns + rank * 128, k,
+                                  to + kABytes + rank * (kBBytes / kBlocks), full);
       advance(turn);
     }
   }
@@ -221,14 +234,19 @@ SALTIRE_DEVICE uint64_t operand(const unsigned char* from) {
 template <bool along_rows>
 constexpr uint64_t kNextInputs = along_rows ? 128 : 2;
 
+// This warp has done with the stage.
+SALTIRE_DEVICE void release(int slot, int lane) {
+  if (lane < kBlocks) arrive_at(empty_barrier(slot), lane);
+}
+
 template <Role role>
-SALTIRE_DEVICE void compute_tiles(const LinearTask& task, int depth, const Place& place) {
+SALTIRE_DEVICE void compute_tiles(const LinearTask& task, int depth, const Place& place, int rank) {
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup;
   Lane at;
   at.lane = thread % 32;
   at.row = group * 64 + thread / 32 % 4 * 16 + at.lane / 4;
   at.column = at.lane % 4 * 2;
-  const int row = place.row_tile * kRows + at.row;
+  const int row = place.row_tile * kSm90Rows + rank * kRows + at.row;
   Running running;
   GradientFacts facts[2];
   if constexpr (role == Role::stats) running = begin_stats(task, row);
@@ -256,13 +274,13 @@ SALTIRE_DEVICE void compute_tiles(const LinearTask& task, int depth, const Place
       }
       commit_products();
       wait_products<1>();
-      if (before >= 0 && at.lane == 0) arrive(empty_barrier(before));
+      if (before >= 0) release(before, at.lane);
       before = turn.slot;
       advance(turn);
     }
     wait_products<0>();
     sync_warp();
-    if (at.lane == 0) arrive(empty_barrier(before));
+    release(before, at.lane);
     const int first = tile * kColumns + at.column;
     if constexpr (role == Role::stats) add_stats(task, sums, first, running);
     if constexpr (role == Role::spread) store_spread(task, sums, facts, row, first);
@@ -281,19 +299,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       make_barrier(full_barrier(i), 1);
-      make_barrier(empty_barrier(i), kGroups * 4);
+      make_barrier(empty_barrier(i), kBlocks * kGroups * 4);
     }
     fence_barriers();
   }
-  sync_block();
-  const Place place = task.tiling.place(static_cast<int>(blockIdx.x));
+  sync_cluster();  // the other block's barriers are there too
+  const int rank = static_cast<int>(blockIdx.x) % kBlocks;
+  const Place place = task.tiling.place(static_cast<int>(blockIdx.x) / kBlocks);
   if (thread >= kGroups * kWarpgroup) {
     shrink_registers<kProducerRegisters>();
-    if (thread == kGroups * kWarpgroup) copy_tiles<role>(task, maps, depth, place);
+    if (thread == kGroups * kWarpgroup) copy_tiles<role>(task, maps, depth, place, rank);
   } else {
     grow_registers<kConsumerRegisters>();
-    compute_tiles<role>(task, depth, place);
+    compute_tiles<role>(task, depth, place, rank);
   }
+  sync_warp();
+  sync_cluster();  // until then the other block may write to this one's memory
 }
 
 // --- launching ----------------------------------------------------------------------------------
@@ -310,7 +331,7 @@ void run_as(const LinearTask& t, cudaStream_t stream) {
   Maps maps;
   int depth = t.D;
   if constexpr (role == Role::stats || role == Role::spread) {
-    maps = {map_of(t.hidden, t.M, t.D, kRows), map_of(head, t.count, t.D, kColumns)};
+    maps = {map_of(t.hidden, t.M, t.D, kRows), map_of(head, t.count, t.D, kColumns / kBlocks)};
   } else if constexpr (role == Role::hidden) {
     depth = t.padded;
     maps = {map_of(t.dx, t.M, t.padded, kRows), map_of(head, t.count, t.D, kDepth)};
@@ -319,7 +340,8 @@ void run_as(const LinearTask& t, cudaStream_t stream) {
     maps = {map_of(t.dx, t.M, t.padded, kDepth), map_of(t.hidden, t.M, t.D, kDepth)};
   }
   cuda::Launch how;
-  how.grid = dim3(static_cast<unsigned>(t.tiling.blocks()));
+  how.grid = dim3(static_cast<unsigned>(t.tiling.blocks() * kBlocks));
+  how.cluster = kBlocks;
   how.block = dim3(kThreads);
   how.shared_bytes = sm90_shared_bytes();
   how.stream = stream;

@@ -1,7 +1,7 @@
 // The emulator against plain loops, and against kernels with one bug each that it must find.
 #include "case.h"
 #include "core/cuda/launch.h"
-#include "core/cuda/ptx.h"
+#include "core/cuda/sm90.h"
 
 using namespace saltire::cuda;
 
@@ -82,6 +82,30 @@ __global__ void sum_all(const float* x, float* partial, int* counter, float* tot
     for (unsigned b = 0; b < gridDim.x; ++b) sum += partial[b];
     *total = sum;
   }
+}
+
+// Each block of a pair reads 64 rows of 128 bytes for both; out[block] gets all 128, swizzled.
+// hurry: block 0 ends without waiting for what block 1 writes to it.
+__global__ void share(const __grid_constant__ TensorMap map, uint4* out, int hurry) {
+  unsigned char* const shared = shared_memory();
+  auto* const full = reinterpret_cast<Barrier*>(shared + 128 * 128);
+  const int i = static_cast<int>(threadIdx.x), rank = static_cast<int>(blockIdx.x) % 2;
+  if (i == 0) {
+    make_barrier(full, 1);
+    fence_barriers();
+  }
+  sync_cluster();
+  if (hurry != 0 && rank == 0) return;
+  for (int n = 0; n < 20 * hurry; ++n) sync_block();
+  if (i == 0) {
+    arrive_and_expect(full, 128 * 128);
+    copy_box_to_both(shared + rank * 64 * 128, &map, rank * 64, 0, full);
+  }
+  wait_for(full, 0);
+  for (int n = i; n < 128 * 8; n += 32) {
+    out[blockIdx.x * 128 * 8 + n] = reinterpret_cast<const uint4*>(shared)[n];
+  }
+  sync_cluster();
 }
 
 // --- kernels with a bug -------------------------------------------------------------------------
@@ -166,6 +190,11 @@ void body(emulator::Case& c) {
     launch<sum_all>("sum", {blocks, 256, 64}, c.pointer<const float>("x"),
                     c.pointer<float>("partial"), c.pointer<int>("counter"),
                     c.pointer<float>("total"));
+  } else if (what == "share") {
+    saltire::cuda::Launch how = {2, 32, 128 * 128 + 64};
+    how.cluster = 2;
+    launch<share>("share", how, map_bytes(c.pointer<void>("rows"), 128, 128, 64),
+                  c.pointer<uint4>("out"), static_cast<int>(c.integer("hurry")));
   } else if (what == "host") {
     c.pointer<uint32_t>("out")[0] = 1;
   } else {

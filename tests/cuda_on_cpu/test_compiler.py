@@ -86,7 +86,7 @@ INTENDED: list[tuple[str, str, str]] = [
     ("token_stats/kernel_mma", "multiply_tiles", "HMMA.16816.F32.BF16"),
     ("token_stats/kernel_mma", "multiply_tiles", "LDGSTS"),
     ("token_stats/sm90_linear", "multiply_tiles", "HGMMA.64x256x16.F32.BF16"),
-    ("token_stats/sm90_linear", "multiply_tiles", "UTMALDG.2D"),
+    ("token_stats/sm90_linear", "multiply_tiles", "UTMALDG.2D.MULTICAST"),
 ]
 
 

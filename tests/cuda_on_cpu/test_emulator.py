@@ -68,6 +68,26 @@ def test_last_block_sees_what_all_blocks_wrote(program, seed) -> None:
     assert got["total"] == x.sum()
 
 
+def share(program: Path, rows: torch.Tensor, seed: int, hurry: int) -> torch.Tensor:
+    out = {"out": (torch.int8, (2, 128, 8, 16))}
+    return run(program, seed, out, what="share", rows=rows, hurry=hurry)["out"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_box_for_both_blocks_of_a_cluster_reaches_both(program, seed) -> None:
+    rows = torch.randint(-128, 128, (128, 8, 16), dtype=torch.int8)
+    places = torch.arange(8) ^ (torch.arange(128) % 8)[:, None]
+    swizzled = rows.gather(1, places[:, :, None].expand(-1, -1, 16))
+    assert torch.equal(share(program, rows, seed, 0), torch.stack([swizzled, swizzled]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_block_of_a_cluster_that_ends_too_early_is_found(program, seed) -> None:
+    rows = torch.zeros(128, 8, 16, dtype=torch.int8)
+    with pytest.raises(EmulatorError, match="block of the cluster that has ended"):
+        share(program, rows, seed, 1)
+
+
 BUGS = {
     "reads beyond": (1, "reads outside of a buffer"),
     "writes before": (2, "writes outside of a buffer"),

@@ -18,6 +18,8 @@ struct Launch {
   // Start while the kernel before it on the stream still runs; the kernel must then call
   // wait_for_previous_kernel() before it touches anything that one wrote. sm_90 and later only.
   bool overlap_previous = false;
+  // Neighbours in x that run together and reach each other's shared memory. sm_90 and later only.
+  unsigned cluster = 1;
 };
 
 // Dynamic shared memory. 1,024 bytes: what the 128-byte swizzle of TMA and wgmma repeats after.
@@ -54,11 +56,20 @@ void launch(const char* name, const Launch& how, const Arguments&... arguments) 
     config.blockDim = how.block;
     config.dynamicSmemBytes = how.shared_bytes;
     config.stream = how.stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = how.overlap_previous ? 1 : 0;
+    cudaLaunchAttribute wanted[2] = {};
+    config.attrs = wanted;
+    if (how.overlap_previous) {
+      cudaLaunchAttribute& overlap = wanted[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& cluster = wanted[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = how.cluster;
+      cluster.val.clusterDim.y = 1;
+      cluster.val.clusterDim.z = 1;
+    }
     error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   SALTIRE_CHECK(error == cudaSuccess, "CUDA kernel ", name, ", grid ", how.grid.x, "x", how.grid.y,

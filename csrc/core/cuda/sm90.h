@@ -34,6 +34,24 @@ SALTIRE_DEVICE void arrive(Barrier* barrier) {
                : "memory");
 }
 
+// Arrives at the barrier in the same place of block `rank` of the cluster.
+SALTIRE_DEVICE void arrive_at(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// Waits for all threads of the cluster's blocks and orders what they wrote. Before the first use of
+// another block's barriers, and before a block ends whose memory another may still reach.
+SALTIRE_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
 // Arrives, and lets the phase wait for so many bytes of the copy engine as well.
 SALTIRE_DEVICE void arrive_and_expect(Barrier* barrier, int bytes) {
   asm volatile(
@@ -69,6 +87,17 @@ SALTIRE_DEVICE void copy_box(void* to_shared, const TensorMap* map, int row, int
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to_shared)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same box for both blocks of a cluster of two, in the same place of each; the barriers in that
+// place of each count its bytes. One read of the L2 instead of two.
+SALTIRE_DEVICE void copy_box_to_both(void* to_shared, const TensorMap* map, int row, int column,
+                                     Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to_shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(3))
       : "memory");
 }
 

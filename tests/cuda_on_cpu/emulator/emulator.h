@@ -1,5 +1,5 @@
-// Runs CUDA kernels on a CPU, and watches them: every thread of a block is a fiber, blocks run one
-// after another, fibers and blocks in random order (EMULATOR_SEED).
+// Runs CUDA kernels on a CPU, and watches them: every thread of a block is a fiber, blocks (or
+// clusters of them) run one after another, fibers and blocks in random order (EMULATOR_SEED).
 //
 // What it finds, each with the thread, the buffer and the offset: access outside of a buffer; a
 // read of bytes that nobody wrote; a read of bytes that an asynchronous copy has not yet delivered;
@@ -45,7 +45,8 @@ struct Product {
 struct Thread {
   Index thread, block;
   Size threads, blocks;
-  int index = 0, warp = 0, lane = 0;
+  int index = 0, warp = 0, lane = 0;  // of the cluster, as it is one to the race check
+  int rank = 0;                       // of the block in its cluster
   bool done = false;
   std::string waits_for;
   void* stack_pointer = nullptr;
@@ -61,9 +62,12 @@ extern Thread* current;
 
 // --- running ------------------------------------------------------------------------------------
 
-void run_grid(const char* name, Size grid, Size block, size_t shared_bytes,
+// cluster: blocks, neighbours in x, that run together.
+void run_grid(const char* name, Size grid, Size block, unsigned cluster, size_t shared_bytes,
               const std::function<void()>& kernel);
 unsigned char* shared_memory();
+// The same place in the shared memory of another block of the cluster.
+void* in_block(int rank, const void* here);
 
 // Ends the process with the message and where it happened.
 [[noreturn]] void stop(const std::string& message);
@@ -76,6 +80,7 @@ void pause();
 
 void barrier(int id, int count, bool wait);  // count 0: the whole block
 void sync_warp();
+void sync_cluster();
 
 // All 32 lanes bring a record; the last one to arrive runs `act` on them all (by lane).
 void collective(const char* name, void* record, void (*act)(void** records));
@@ -112,7 +117,8 @@ void acquire_block(const void* key);
 
 // Clocks of the race check; the engine tells when threads were ordered.
 void start_launch();
-void start_block(int warps, unsigned char* shared, size_t shared_bytes);
+void start_block(int warps);
+void forget_shared(unsigned char* shared, size_t shared_bytes);
 void warp_was_synchronised(int warp);
 void warps_were_synchronised(const std::vector<int>& warps);
 

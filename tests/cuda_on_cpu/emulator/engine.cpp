@@ -21,11 +21,13 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kGuard = 4096;
 constexpr int kMaxThreads = 1024;
-constexpr int kBarriers = 16;
+constexpr int kBarriers = 16;   // of a block
+constexpr int kMostBlocks = 8;  // of a cluster
 
 struct Barrier {
   int expected = 0;
   std::vector<Thread*> arrived;
+  std::vector<int> warps;  // of those that arrived
 };
 
 struct Warp {
@@ -54,11 +56,12 @@ struct Engine {
   std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
   std::vector<Thread*> ready;
   std::vector<std::function<void()>> units;  // work of asynchronous units, not yet done
-  std::vector<Barrier> barriers = std::vector<Barrier>(kBarriers);
+  std::vector<Barrier> barriers;             // of each block, and one of the cluster
   std::vector<Warp> warps;
-  int threads = 0;
-  int alive = 0;
-  unsigned char* shared = nullptr;
+  int threads = 0;         // of the cluster
+  int block_threads = 0;   // of a block
+  std::vector<int> alive;  // of each block
+  std::vector<unsigned char*> shared;
   void* host_stack = nullptr;
 #if !defined(__x86_64__)
   ucontext_t host_context;
@@ -129,7 +132,7 @@ void fiber_main() {
     stop("the thread ends with products that it never waited for");
   }
   current->done = true;
-  --engine().alive;
+  --engine().alive[static_cast<size_t>(current->rank)];
   to_host();
   std::abort();  // a finished fiber is never resumed
 }
@@ -169,19 +172,21 @@ std::string deadlock() {
   return text;
 }
 
-void run_block(Index block, Size grid, Size size) {
+void run_cluster(const std::vector<Index>& blocks, Size grid, Size size) {
   Engine& e = engine();
-  e.threads = static_cast<int>(size.x * size.y * size.z);
-  e.alive = e.threads;
+  e.block_threads = static_cast<int>(size.x * size.y * size.z);
+  e.threads = e.block_threads * static_cast<int>(blocks.size());
+  e.alive.assign(blocks.size(), e.block_threads);
   e.warps.assign(static_cast<size_t>(e.threads / 32), Warp{});
-  e.barriers.assign(kBarriers, Barrier{});
+  e.barriers.assign(kBarriers * blocks.size() + 1, Barrier{});
   e.ready.clear();
   for (int i = 0; i < e.threads; ++i) {
     Fiber& fiber = e.fibers[static_cast<size_t>(i)];
     fiber.thread = Thread{};
-    const auto u = static_cast<unsigned>(i);
+    fiber.thread.rank = i / e.block_threads;
+    const auto u = static_cast<unsigned>(i % e.block_threads);
     fiber.thread.thread = {u % size.x, u / size.x % size.y, u / (size.x * size.y)};
-    fiber.thread.block = block;
+    fiber.thread.block = blocks[static_cast<size_t>(fiber.thread.rank)];
     fiber.thread.threads = size;
     fiber.thread.blocks = grid;
     fiber.thread.index = i;
@@ -205,7 +210,9 @@ void run_block(Index block, Size grid, Size size) {
     e.ready.pop_back();
     to_fiber(next);
   }
-  if (e.alive > 0) stop(deadlock());
+  for (const int alive : e.alive) {
+    if (alive > 0) stop(deadlock());
+  }
 }
 
 }  // namespace
@@ -245,43 +252,69 @@ void later(std::function<void()> work) {
 }
 
 unsigned char* shared_memory() {
-  return engine().shared;
+  return engine().shared[static_cast<size_t>(current != nullptr ? current->rank : 0)];
 }
 
-void barrier(int id, int count, bool wait) {
+void* in_block(int rank, const void* here) {
+  if (rank < 0 || rank >= static_cast<int>(engine().alive.size())) {
+    stop("block " + std::to_string(rank) + " is not of the cluster");
+  }
+  if (engine().alive[static_cast<size_t>(rank)] == 0) {
+    stop("the shared memory of a block of the cluster that has ended");
+  }
+  return engine().shared[static_cast<size_t>(rank)] +
+         (static_cast<const unsigned char*>(here) - shared_memory());
+}
+
+namespace {
+
+// `at`: index of the barrier among all of the cluster's; `name`: what a deadlock calls it.
+void meet(size_t at, int expected, bool wait, const std::string& name) {
   Engine& e = engine();
-  if (id < 0 || id >= kBarriers) stop("barrier " + std::to_string(id) + " does not exist");
-  const int expected = count == 0 ? e.threads : count;
-  if (expected % 32 != 0) stop("a barrier's count is not a multiple of 32");
-  if (count == 0 && e.alive < e.threads) stop("a block barrier after some threads have ended");
-  Barrier& b = e.barriers[static_cast<size_t>(id)];
+  Barrier& b = e.barriers[at];
   if (b.arrived.empty()) b.expected = expected;
   if (b.expected != expected) {
-    stop("barrier " + std::to_string(id) + " with " + std::to_string(expected) +
-         " threads, but others came with " + std::to_string(b.expected));
+    stop(name + " with " + std::to_string(expected) + " threads, but others came with " +
+         std::to_string(b.expected));
   }
   b.arrived.push_back(wait ? current : nullptr);
+  b.warps.push_back(current->warp);
   Thread* const me = current;
-  static std::vector<int> warps[kBarriers];
-  warps[id].push_back(me->warp);
   if (static_cast<int>(b.arrived.size()) < expected) {
-    if (wait) sleep("barrier " + std::to_string(id));
+    if (wait) sleep(name);
     return;
   }
-  std::sort(warps[id].begin(), warps[id].end());
-  for (size_t i = 0; i < warps[id].size(); ++i) {
-    if (warps[id][i] != warps[id][i / 32 * 32]) {
-      stop("barrier " + std::to_string(id) + " was reached by part of a warp only");
-    }
+  std::vector<int> warps = std::move(b.warps);
+  std::sort(warps.begin(), warps.end());
+  for (size_t i = 0; i < warps.size(); ++i) {
+    if (warps[i] != warps[i / 32 * 32]) stop(name + " was reached by part of a warp only");
   }
-  warps[id].erase(std::unique(warps[id].begin(), warps[id].end()), warps[id].end());
-  warps_were_synchronised(warps[id]);
-  warps[id].clear();
+  warps.erase(std::unique(warps.begin(), warps.end()), warps.end());
+  warps_were_synchronised(warps);
   const std::vector<Thread*> arrived = std::move(b.arrived);
   b = Barrier{};
   for (Thread* t : arrived) {
     if (t != nullptr && t != me) wake(t);
   }
+}
+
+}  // namespace
+
+void barrier(int id, int count, bool wait) {
+  const Engine& e = engine();
+  if (id < 0 || id >= kBarriers) stop("barrier " + std::to_string(id) + " does not exist");
+  const int expected = count == 0 ? e.block_threads : count;
+  const auto rank = static_cast<size_t>(current->rank);
+  if (expected % 32 != 0) stop("a barrier's count is not a multiple of 32");
+  if (count == 0 && e.alive[rank] < e.block_threads) {
+    stop("a block barrier after some threads have ended");
+  }
+  meet(rank * kBarriers + static_cast<size_t>(id), expected, wait, "barrier " + std::to_string(id));
+}
+
+// On a device threads that have ended count as arrived; here all must come.
+void sync_cluster() {
+  meet(engine().barriers.size() - 1, engine().threads, true, "the barrier of the cluster");
 }
 
 void collective(const char* name, void* record, void (*act)(void**)) {
@@ -311,7 +344,7 @@ void sync_warp() {
   collective("a warp barrier", nullptr, [](void**) { warp_was_synchronised(current->warp); });
 }
 
-void run_grid(const char* name, Size grid, Size block, size_t shared_bytes,
+void run_grid(const char* name, Size grid, Size block, unsigned cluster, size_t shared_bytes,
               const std::function<void()>& kernel) {
   Engine& e = engine();
   e.kernel_name = name;
@@ -328,24 +361,34 @@ void run_grid(const char* name, Size grid, Size block, size_t shared_bytes,
   if (shared_bytes > kMostShared) {
     stop(std::to_string(shared_bytes) + " bytes of shared memory; a block may have 232448");
   }
-  std::vector<Index> blocks;
+  if (cluster == 0 || cluster > kMostBlocks || threads * cluster > kMaxThreads ||
+      grid.x % cluster != 0) {
+    stop("clusters of " + std::to_string(cluster) + " blocks of " + std::to_string(threads) +
+         " threads in a grid of " + std::to_string(grid.x) +
+         "; expected at most 8 blocks and, here, 1024 threads, and whole clusters");
+  }
+  std::vector<std::vector<Index>> clusters;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+      for (unsigned x = 0; x < grid.x; ++x) {
+        if (x % cluster == 0) clusters.emplace_back();
+        clusters.back().push_back({x, y, z});
+      }
     }
   }
-  std::shuffle(blocks.begin(), blocks.end(), e.random);
+  std::shuffle(clusters.begin(), clusters.end(), e.random);
   start_launch();
-  static std::map<size_t, unsigned char*> shared;  // one buffer for each size
-  unsigned char*& memory = shared[shared_bytes];
-  if (memory == nullptr) {
-    memory =
-        static_cast<unsigned char*>(allocate("shared memory", shared_bytes, 1024, Fill::poison));
+  static std::map<size_t, std::vector<unsigned char*>> shared;  // buffers of each size
+  std::vector<unsigned char*>& memory = shared[shared_bytes];
+  while (memory.size() < cluster) {
+    memory.push_back(
+        static_cast<unsigned char*>(allocate("shared memory", shared_bytes, 1024, Fill::poison)));
   }
   e.shared = memory;
-  for (const Index& b : blocks) {
-    start_block(static_cast<int>(threads / 32), e.shared, shared_bytes);
-    run_block(b, grid, block);
+  for (const std::vector<Index>& blocks : clusters) {
+    start_block(static_cast<int>(threads * cluster / 32));
+    for (unsigned b = 0; b < cluster; ++b) forget_shared(memory[b], shared_bytes);
+    run_cluster(blocks, grid, block);
   }
   e.kernel_name = "(host code)";
 }

@@ -263,14 +263,18 @@ void start_launch() {
   m.released_blocks.clear();
 }
 
-void start_block(int warps, unsigned char* shared, size_t shared_bytes) {
+void start_block(int warps) {
   Memory& m = memory();
   ++m.block;
   m.acquired.clear();
   m.released.clear();
   for (int w = 0; w < kMaxWarps; ++w) m.clocks[w] = Clock{};
   for (int w = 0; w < warps; ++w) m.clocks[w].seen[w] = 1;
+}
+
+void forget_shared(unsigned char* shared, size_t shared_bytes) {
   if (shared_bytes == 0) return;
+  Memory& m = memory();
   const size_t at = offset_of(shared);
   std::memset(shared, 0xff, shared_bytes);
   std::memset(m.flags + at, kThere, shared_bytes);

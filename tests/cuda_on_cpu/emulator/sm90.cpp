@@ -69,6 +69,10 @@ void arrive(uint64_t* barrier, int bytes) {
   end_phase_if_complete(s);
 }
 
+void arrive_at(uint64_t* barrier, int rank) {
+  arrive(static_cast<uint64_t*>(in_block(rank, barrier)), 0);
+}
+
 void wait_for(uint64_t* barrier, int parity) {
   reads(barrier, sizeof(*barrier));
   State& s = state_of(barrier);
@@ -90,8 +94,11 @@ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   later([=] { finish_copy(to, std::vector<unsigned char>(data, data + bytes), barrier); });
 }
 
-void copy_box(void* to, const saltire::cuda::TensorMap& map, int row, int column,
-              uint64_t* barrier) {
+namespace {
+
+// The box's bytes as they come to lie in shared memory.
+std::vector<unsigned char> read_box(void* to, const saltire::cuda::TensorMap& map, int row,
+                                    int column) {
   if (saltire::cuda::shared_address(to) % 1024 != 0)
     stop("a swizzled box starts off a multiple of 1,024");
   if (reinterpret_cast<uintptr_t>(map.base) % 16 != 0 || map.columns % 16 != 0) {
@@ -107,8 +114,27 @@ void copy_box(void* to, const saltire::cuda::TensorMap& map, int row, int column
       std::memcpy(data.data() + r * 128 + (c ^ (r & 7)) * 16, from, 16);
     }
   }
+  return data;
+}
+
+}  // namespace
+
+void copy_box(void* to, const saltire::cuda::TensorMap& map, int row, int column,
+              uint64_t* barrier) {
+  const std::vector<unsigned char> data = read_box(to, map, row, column);
   start_copy(to, data.size());
   later([=] { finish_copy(to, data, barrier); });
+}
+
+void copy_box_to_both(void* to, const saltire::cuda::TensorMap& map, int row, int column,
+                      uint64_t* barrier) {
+  const std::vector<unsigned char> data = read_box(to, map, row, column);
+  for (int rank = 0; rank < 2; ++rank) {
+    void* const there = in_block(rank, to);
+    auto* const counts = static_cast<uint64_t*>(in_block(rank, barrier));
+    start_copy(there, data.size());
+    later([=] { finish_copy(there, data, counts); });
+  }
 }
 
 void begin_products() {

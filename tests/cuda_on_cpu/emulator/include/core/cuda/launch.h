@@ -12,6 +12,7 @@ struct Launch {
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool overlap_previous = false;
+  unsigned cluster = 1;
 };
 
 inline unsigned char* shared_memory() {
@@ -20,7 +21,8 @@ inline unsigned char* shared_memory() {
 
 template <auto kernel, typename... Arguments>
 void launch(const char* name, const Launch& how, const Arguments&... arguments) {
-  emulator::run_grid(name, how.grid, how.block, how.shared_bytes, [&] { kernel(arguments...); });
+  emulator::run_grid(name, how.grid, how.block, how.cluster, how.shared_bytes,
+                     [&] { kernel(arguments...); });
 }
 
 }  // namespace saltire::cuda

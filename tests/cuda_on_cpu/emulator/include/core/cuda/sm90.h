@@ -8,10 +8,13 @@ namespace emulator {
 
 void make_barrier(uint64_t* barrier, int arrivals);
 void arrive(uint64_t* barrier, int bytes);
+void arrive_at(uint64_t* barrier, int rank);
 void wait_for(uint64_t* barrier, int parity);
 void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier);
 void copy_box(void* to, const saltire::cuda::TensorMap& map, int row, int column,
               uint64_t* barrier);
+void copy_box_to_both(void* to, const saltire::cuda::TensorMap& map, int row, int column,
+                      uint64_t* barrier);
 void begin_products();
 void commit_products();
 void wait_products(int pending);
@@ -35,6 +38,12 @@ SALTIRE_DEVICE void fence_barriers() {}
 SALTIRE_DEVICE void arrive(Barrier* barrier) {
   emulator::arrive(barrier, 0);
 }
+SALTIRE_DEVICE void arrive_at(Barrier* barrier, int rank) {
+  emulator::arrive_at(barrier, rank);
+}
+SALTIRE_DEVICE void sync_cluster() {
+  emulator::sync_cluster();
+}
 SALTIRE_DEVICE void arrive_and_expect(Barrier* barrier, int bytes) {
   emulator::arrive(barrier, bytes);
 }
@@ -47,6 +56,10 @@ SALTIRE_DEVICE void copy_bytes(void* to_shared, const void* from, int bytes, Bar
 SALTIRE_DEVICE void copy_box(void* to_shared, const TensorMap* map, int row, int column,
                              Barrier* barrier) {
   emulator::copy_box(to_shared, *map, row, column, barrier);
+}
+SALTIRE_DEVICE void copy_box_to_both(void* to_shared, const TensorMap* map, int row, int column,
+                                     Barrier* barrier) {
+  emulator::copy_box_to_both(to_shared, *map, row, column, barrier);
 }
 SALTIRE_DEVICE uint64_t operand_of(const void* shared) {
   return static_cast<uint64_t>(shared_address(shared) >> 4 & 0x3fffu) | uint64_t{1} << 16 |
