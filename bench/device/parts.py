@@ -62,6 +62,10 @@ BENCHES = [
     _bench("speculate", 30),
     _bench("skip_plan", 15),
 ]
+BENCHES += [
+    Part(f"decoder_{shape}", (PY, "-m", "bench.device.decoder", "--shape", shape), seconds)
+    for shape, seconds in (("smollm2", 90), ("8b", 120))
+]
 SANITIZERS = [_sanitizer(tool, 90) for tool in ("memcheck", "racecheck", "synccheck")]
 
 

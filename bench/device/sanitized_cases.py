@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 
 from saltire import ops, reference
+from saltire.nn.kv_cache import CACHE_DTYPES, KVCache
+from saltire.ops import layer_parts as parts
 
 
 def transforms() -> None:
@@ -83,7 +85,57 @@ def choices() -> None:
         assert torch.equal(got[0].cpu(), want[0])
 
 
+def layer_parts() -> None:
+    """A decoder's step in parts: norms, heads, split attention over caches of every format."""
+    heads, kv_heads, d, slots, D = 6, 2, 48, 272, 200
+    rows = torch.tensor(
+        [[3, 0, 140, 140, 141, 0], [0, 0, 140, -1, 140, 5], [1, 1, 3, 3, 4, 0], [2, 1, 0, -1, 0, 0]]
+    )
+    inputs = [torch.randn(slots, 2, d // 2), torch.rand(d), torch.rand(d)]
+    table, gain, qkv = torch.randn(5, D), torch.rand(D), torch.randn(4, (heads + 2 * kv_heads) * d)
+
+    def step(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        cache = KVCache(1, kv_heads, d, 2, slots, dtype, device)
+        scratch = torch.zeros(64, dtype=torch.int32, device=device)
+        state, here = torch.zeros(4, D, device=device), rows.to(device)
+        parts.embed_rows(here, table.to(device), state)
+        delta = table[:4].to(device)
+        y = parts.residual_norm(state, delta, gain.to(device), 1e-5, torch.float32, None)
+        gate_up = torch.cat([y, y.flip(1)], dim=1)
+        codes = parts.swiglu_quantize(gate_up, 8, None, 8, 1.0, 40)[0]
+        on_device = [t.to(device) for t in inputs]
+        queries, own = parts.append_heads(
+            qkv.to(device), here, *on_device, 1e-5, heads, cache.kv, cache.scales, 0
+        )
+        seen = [
+            parts.attend_heads(
+                queries[:count],
+                own[:, :count].contiguous(),
+                here[:count],
+                cache.kv,
+                cache.scales,
+                0,
+                100,
+                prompt,
+                torch.float32,
+                scratch,
+            )
+            for prompt, count in ((False, 4), (True, 2))
+        ]
+        logits = torch.empty(4, 50 * D, device=device)
+        best, share = parts.best_logits(y.repeat(1, 50), logits, scratch)
+        gated = parts.swiglu(gate_up)
+        return [state, y, gated, codes.float(), queries, *seen, best.float(), share]
+
+    for dtype in CACHE_DTYPES:
+        results = [step(dtype, torch.device(name)) for name in ("cpu", "cuda")]
+        for want, got in zip(*results, strict=True):
+            error = (got.cpu() - want).norm() / want.norm()
+            assert error < 0.02, f"{dtype}: {error}"
+
+
 CASES: list[Callable[[], None]] = [transforms, products, statistics, speculation, choices]
+CASES += [layer_parts]
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ def in_parts() -> DeviceDecoder:
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_clasp_is_lossless(halves: bool) -> None:
-    want = open_session(tiny_model("llama", **MODEL)).generate(PROMPTS, 30).tokens
+    want = open_session(tiny_model("llama", **MODEL)).generate(PROMPTS, 20).tokens
     decoder = in_parts()
     planner = SkipPlanner(decoder, 2, halves)
     draft = ModelDraft(decoder, decoder.all_units)
     session = Session(decoder, {"clasp": draft}, planner, {"clasp": 2}, interval=4, fixed=3)
-    out = session.generate(PROMPTS, 30)
+    out = session.generate(PROMPTS, 20)
     assert out.tokens == want
     assert out.stats.plans > 2
     assert sum(out.stats.accepted.values()) > 0
@@ -59,5 +59,18 @@ def test_ngrams_verify_in_steps_of_one_size() -> None:
     prompt = PROMPTS[0] + PROMPTS[0]
     want = open_session(tiny_model("llama", **MODEL)).generate([prompt], 40).tokens
     assert session.generate([prompt], 40).tokens == want
-    [sizes] = decoder._recorded.values()
-    assert list(sizes) == [16]
+    assert decoder.memory.recorded_rows == [[16]]
+
+
+@pytest.mark.parametrize("budget", [1, 8, 21])
+def test_plain_generation_runs_ahead(budget: int) -> None:
+    """Eight steps at a time, up to the budget or the first stop token; callbacks see each token."""
+    native = open_session(tiny_model("llama", **MODEL))
+    free = native.generate(PROMPTS, budget).tokens
+    session = Session(in_parts())
+    assert session.generate(PROMPTS, budget).tokens == free
+    stop = [free[0][budget // 2]]
+    seen: list[list[int]] = [[], []]
+    got = session.generate(PROMPTS, budget, stop=stop, on_tokens=lambda b, t: seen[b].extend(t))
+    assert got.tokens == native.generate(PROMPTS, budget, stop=stop).tokens
+    assert seen == got.tokens

@@ -13,6 +13,7 @@ from torch import nn
 
 from saltire.errors import SaltireError
 from saltire.models.decoder import build_decoder, build_device_decoder
+from saltire.models.rounding import round_linear
 from saltire.nn.decoder import Decoder
 from saltire.nn.device_products import Product
 from saltire.nn.factored_linear import FactoredQuantLinear
@@ -145,6 +146,23 @@ def test_drafts_are_the_native_decoders() -> None:
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=1e-5, rtol=1e-4)
 
 
+def test_running_ahead_is_step_after_step() -> None:
+    native, parts = both(tiny_model("llama"))
+    parts.verify_rows(8)  # idle rows stay idle
+    results = []
+    for decoder in (native, parts):
+        cache = decoder.new_cache(2, 48)
+        decoder.prefill(cache, [TOKENS[:9], TOKENS[3:8]])
+        starts = [[TOKENS[9], 0, 9], [TOKENS[8], 1, 5]]
+        results.append(decoder.run_ahead(cache, starts, 6))
+        assert cache.lengths == [9, 5]
+        first = decoder.step(cache, [[TOKENS[9]], [TOKENS[8]]]).best.tolist()
+        assert [tokens[0] for tokens in results[-1]] == first
+    assert results[0] == results[1]
+    with pytest.raises(SaltireError, match="position 256"):
+        parts.run_ahead(parts.new_cache(1, 16), [[3, 0, 250]], 7)
+
+
 # --- recording -----------------------------------------------------------------------------------
 
 
@@ -186,7 +204,7 @@ def test_a_replay_depends_on_its_rows_alone() -> None:
         got = one.step(cache, [[token], []]).logits
         other = fresh.new_cache(2, 48)
         fresh.prefill(other, [TOKENS[: 9 + place], []])
-        fresh._recorded.clear()
+        fresh.memory._homes.clear()
         want = fresh.step(other, [[token], []]).logits
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
@@ -198,22 +216,27 @@ def test_steps_are_padded_so_that_all_take_the_same_kernels() -> None:
     decoder.prefill(cache, [TOKENS[:9]])
     for count in (1, 5, 9):
         decoder.step(cache, [TOKENS[:count]], commit=False)
-    assert [list(sizes) for sizes in decoder._recorded.values()] == [[16]]
+    assert decoder.memory.recorded_rows == [[16]]
 
 
-def test_graphs_are_found_again_for_a_cache_in_the_same_place() -> None:
-    decoder = in_parts(tiny_model("llama"))
+@pytest.mark.parametrize("dtype", [F32, torch.uint4])
+def test_a_new_cache_takes_the_place_of_one_that_is_gone(dtype: torch.dtype) -> None:
+    decoder = in_parts(tiny_model("llama"), dtype)
     recorded: list[int] = []
     decoder.record = counting(recorded)
-    for length in (3, 5):
-        cache = decoder.new_cache(1, 48)
-        decoder.prefill(cache, [TOKENS[:length]])
-        decoder.step(cache, [[7]])
-        if length == 3:
-            first = cache.kv
-        else:
-            cache.kv = first  # as an allocator gives the same memory again
-    decoder.step(cache, [[7]])
+    first = decoder.new_cache(1, 48)
+    decoder.step(first, [[7]])
+    second = decoder.new_cache(1, 48)
+    assert second.kv is not first.kv, "two caches in one place"
+    want = decoder.step(second, [[5]]).logits
+    assert len(recorded) == 2
+    place = first.kv
+    del first
+    again = decoder.new_cache(1, 200)  # rounded up to the same number of slots
+    assert again.kv is place
+    assert again.lengths == [0]
+    assert not place.any()
+    assert torch.equal(decoder.step(again, [[5]]).logits, want)
     assert len(recorded) == 2
 
 
@@ -222,7 +245,7 @@ def test_only_the_graphs_of_a_few_caches_are_kept() -> None:
     caches = [decoder.new_cache(1, 16) for _ in range(7)]
     for cache in caches:
         decoder.step(cache, [[3]])
-    assert len(decoder._recorded) == 4
+    assert len(decoder.memory.recorded_rows) == 4
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -290,6 +313,26 @@ def test_a_product_is_its_layers_side_by_side(name: str) -> None:
     assert (got - want).norm() / want.norm() < 2e-3
 
 
+def test_a_quantised_head_reads_what_16_bit_layers_leave() -> None:
+    """Its own numbers are float32; of codes, or, with a branch, of numbers."""
+    model = tiny_model("mistral")
+    want = conversation(in_parts(model, BF16, BF16))
+    for branch in (0, 4):
+        head = round_linear(model.lm_head, LinearFormat(4, 8, 32, True, "float16"))
+        if branch:
+            format = LinearFormat.from_dict({**head.format.to_dict(), "rank": branch})
+            new = QuantLinear(64, 128, format)
+            zeros = {"low_rank_in": torch.zeros(64, 4), "low_rank_out": torch.zeros(4, 128)}
+            new.load_state_dict({**head.state_dict(), **zeros})
+            head = new
+
+        def linear(name: str, module: nn.Module, head: nn.Module = head) -> nn.Module:
+            return head if name == "lm_head" else module
+
+        got = conversation(build_device_decoder(model, linear, BF16, BF16))
+        assert 0.005 < (got - want).norm() / want.norm() < 0.2
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -297,13 +340,16 @@ def test_refusals_say_what_was_expected() -> None:
     decoder = in_parts(tiny_model("llama"))
     cache = decoder.new_cache(1, 16)
     rows = decoder.chain_rows(0, 0, [3])
+    late = [[3, 0, 250, 250, 251, 1 << 40]]
+    with pytest.raises(SaltireError, match="prefix 292; expected 0 to 256"):
+        decoder.step_rows(cache, late, [0])
     for column, value, message in (
         (0, 128, "token 128; expected 0 to 127"),
         (1, 1, "sequence 1; expected 0 to 0"),
-        (2, 16, "position 16"),
-        (3, 16, "slot 16; expected -1 to 15"),
-        (4, 17, "prefix 17"),
-        (5, 1 << 40, "prefix 42"),
+        (2, 256, "position 256"),
+        (3, 256, "slot 256; expected -1 to 255"),
+        (4, 257, "prefix 257"),
+        (4, 300, "prefix 300"),
     ):
         bad = [list(rows[0])]
         bad[0][column] = value

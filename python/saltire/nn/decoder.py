@@ -65,10 +65,11 @@ class Decoder(ABC):
 
     prefill_rows: of one pass over the weights; bounds the memory of a long prompt. cache_dtype: of
     the caches that the model was made for. all_units: uint8 [L], on the CPU. read_bytes: of weights
-    that a step reads.
+    that a step reads. ahead: steps that pay before the host looks at their tokens.
     """
 
     prefill_rows = 256
+    ahead = 1
     device = torch.device("cpu")
     sizes: DecoderSizes
     layers: int
@@ -189,6 +190,17 @@ class Decoder(ABC):
         head_outputs: int = 0,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """``decoder_draft`` with this decoder's weights: tokens and shares of each start."""
+
+    @abstractmethod
+    def run_ahead(
+        self, cache: KVCache, starts: Sequence[Sequence[int]], count: int
+    ) -> list[list[int]]:
+        """``count`` greedy steps in a row, each fed the best tokens of the one before. Writes to
+        the cache, commits nothing.
+
+        starts: a token that is not yet in the cache, its sequence and its slot; up to 64 of them.
+        Returns the tokens that follow each start.
+        """
 
     @abstractmethod
     def verify_rows(self, rows: int) -> None:

@@ -230,6 +230,9 @@ class Product:
         """state += delta; the products of its norm."""
         r = self.codes_of
         if r is None:
+            if delta is not None and delta.dtype != self.dtype:
+                state.add_(delta)
+                delta = None
             return self(layer_parts.residual_norm(state, delta, gain, eps, self.dtype, trace))
         codes = layer_parts.residual_norm_quantize(
             state, delta, gain, eps, trace, r.bits, r.diag, r.hadamard, r.clip, r.sum_group

@@ -105,6 +105,10 @@ class KVCache:
             self.scales[..., : old.slots] = old.scales
         self.lengths = list(old.lengths)
 
+    def adopt(self, kv: Tensor, scales: Tensor | None) -> None:
+        """Live on in the memory of a cache of the same shape that nobody uses any more."""
+        self.kv, self.scales = kv.zero_(), scales if scales is None else scales.zero_()
+
     def reorder(self, sequences: Sequence[int]) -> None:
         """Let sequence b go on from what sequence ``sequences[b]`` holds."""
         index = torch.tensor(list(sequences), device=self.kv.device)

@@ -16,6 +16,7 @@ from saltire.nn.kv_cache import KVCache
 from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.nn.quant_linear import QuantLinear
 from saltire.ops.decoder_layer import (
+    CONFIDENCE_BINS,
     decoder_close,
     decoder_draft,
     decoder_open,
@@ -230,6 +231,12 @@ class NativeDecoder(Decoder):
             [row[:n] for row, n in zip(tokens.tolist(), kept, strict=True)],
             [row[:n] for row, n in zip(shares.tolist(), kept, strict=True)],
         )
+
+    def run_ahead(
+        self, cache: KVCache, starts: Sequence[Sequence[int]], count: int
+    ) -> list[list[int]]:
+        wanted = [[*start, count] for start in starts]
+        return self.draft(cache, wanted, torch.ones(CONFIDENCE_BINS))[0]
 
     def verify_rows(self, rows: int) -> None:
         """Nothing to do: steps of any number of rows always give a row the same bits."""

@@ -179,6 +179,8 @@ def _residual_norm(
     out_dtype: torch.dtype,
     trace: Tensor | None,
 ) -> Tensor:
+    if delta is not None and delta.dtype != out_dtype:
+        raise RuntimeError(f"residual_norm: delta is {delta.dtype}; expected {out_dtype}.")
     total, y = reference.residual_norm(state, delta, gain, eps)
     state.copy_(total)
     if trace is not None:
@@ -194,7 +196,10 @@ def _residual_norm_quantize(
     trace: Tensor | None,
     *how: object,
 ) -> Quantized:
-    y = _residual_norm(state, delta, gain, eps, torch.float32, trace)
+    total, y = reference.residual_norm(state, delta, gain, eps)
+    for target in (state, trace):
+        if target is not None:
+            target.copy_(total)
     return _quantize(y, *how)
 
 
