@@ -106,8 +106,8 @@ void run(const AppendProblem& problem, const cuda::Device& device, cudaStream_t 
 
 struct AttendProblem {
   int64_t M = 0, heads = 0, window = 0;
-  // All rows are of one sequence and there are many: blocks walk the cache alone, and queries of
-  // neighbouring rows share it.
+  // All rows are of one sequence, each in a slot, and there are many: blocks walk the cache alone,
+  // and queries of neighbouring rows share it.
   bool prompt = false;
   const float* queries = nullptr;
   const float* own = nullptr;
@@ -137,6 +137,9 @@ struct AttendPlan {
 AttendPlan make_plan(const AttendProblem& problem);
 void run(const AttendProblem& problem, const AttendPlan& plan, const cuda::Device& device,
          cudaStream_t stream);
+// A prompt over a bf16 cache with heads of 64 or 128 dimensions, on the tensor cores; false for any
+// other problem, which run() then does without them.
+bool run_prompt(const AttendProblem& problem, const cuda::Device& device, cudaStream_t stream);
 
 // --- logits -------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #include "core/cuda/launch.h"
 #include "decoder_layer/device.h"
 #include "decoder_layer/device_cache.h"
+#include "decoder_layer/device_query.h"
 
 namespace saltire::decoder_layer {
 namespace {
@@ -23,62 +24,24 @@ constexpr int kAhead = 4;  // loads of a lane under way
 struct Task {
   const float* queries;
   const float* own;
-  const int64_t* rows;
+  RowView rows;
   const uint8_t* data;
   const uint16_t* grids;
   int* counters;
   float* parts;  // [tiles, kv_heads, splits, kQ, head_dim + 2]
   void* out;
-  int64_t slots, window;
-  int M, heads, kv_heads, head_dim, sequences, splits;
+  int64_t slots;
+  int head_dim, sequences, splits;
   bool prompt, out_bf16;
 };
-
-// --- what a tile of queries sees ----------------------------------------------------------------
-
-struct Query {
-  int64_t row, place;  // place: of the head in [M, heads]; row < 0: there is no such query
-  uint64_t tree;
-  int start, prefix, end;  // sees slots [start, prefix) and those of the tree, all below `end`
-  int is_private;
-};
-
-SALTIRE_DEVICE int highest_bit(uint64_t bits) {
-  int place = 0;
-  for (int step = 32; step > 0; step /= 2) {
-    if (bits >> step != 0) {
-      bits >>= step;
-      place += step;
-    }
-  }
-  return place;
-}
 
 // Query i of the tile. Of a prompt, queries of a head of keys lie row after row; else a row's fill
 // tiles of their own.
 SALTIRE_DEVICE Query find_query(const Task& task, int tile, int g, int i) {
-  const int group = task.heads / task.kv_heads, of_row = (group + kQ - 1) / kQ;
-  const int64_t flat = int64_t{tile} * kQ + i;
-  const int64_t m = task.prompt ? flat / group : tile / of_row;
-  const int h = static_cast<int>(task.prompt ? flat % group : tile % of_row * kQ + i);
-  Query q = {-1, 0, 0, 0, 0, 0, 0};
-  if (m >= task.M || h >= group) return q;
-  const int64_t* const row = task.rows + m * kRowColumns;
-  const int64_t prefix = row[kPrefix], first = row[kPosition] + 1 - task.window;
-  q.row = m;
-  q.place = m * task.heads + g * group + h;
-  q.tree = static_cast<uint64_t>(row[kTree]);
-  q.prefix = static_cast<int>(prefix);
-  if (task.window > 0 && first > 0) q.start = static_cast<int>(first < prefix ? first : prefix);
-  q.end = q.tree == 0 ? q.prefix : q.prefix + highest_bit(q.tree) + 1;
-  q.is_private = row[kSlot] < 0 ? 1 : 0;
-  return q;
-}
-
-SALTIRE_DEVICE bool sees(const Query& q, int slot) {
-  if (slot < q.prefix) return slot >= q.start;
-  const int bit = slot - q.prefix;
-  return bit < 64 && (q.tree >> bit & 1) != 0;
+  const int group = task.rows.heads / task.rows.kv_heads, of_row = (group + kQ - 1) / kQ;
+  if (task.prompt) return query_of_prompt(task.rows, g, tile * kQ + i);
+  const int h = tile % of_row * kQ + i;
+  return h < group ? query_of_row(task.rows, tile / of_row, g, h) : no_query();
 }
 
 // --- shared memory ------------------------------------------------------------------------------
@@ -128,8 +91,8 @@ struct Head {
 
 template <Format format>
 SALTIRE_DEVICE Head find_head(const Task& task, int64_t sequence, int g) {
-  const int64_t place = sequence * task.kv_heads + g;
-  const int64_t values = place + int64_t{task.sequences} * task.kv_heads;
+  const int64_t place = sequence * task.rows.kv_heads + g;
+  const int64_t values = place + int64_t{task.sequences} * task.rows.kv_heads;
   const int64_t bytes = task.slots * task.head_dim * DeviceElement<format>::bits / 8;
   const auto* const grids = reinterpret_cast<const f16*>(task.grids);
   return {task.data + place * bytes, task.data + values * bytes, grids + place * 2 * task.slots,
@@ -347,7 +310,7 @@ SALTIRE_DEVICE void add_own(const Task& task, const Shared& shared, int g) {
     const Query& q = shared.queries[warp];
     float sum = 0.0f;
     if (q.row >= 0 && q.is_private != 0) {
-      const float* const key = task.own + (q.row * task.kv_heads + g) * d;
+      const float* const key = task.own + (int64_t{q.row} * task.rows.kv_heads + g) * d;
       const float* const x = reinterpret_cast<const float*>(shared.q) + warp;
       for (int i = lane; i < d; i += 32) sum = fmaf(x[i * kQ], key[i], sum);
     }
@@ -364,7 +327,8 @@ SALTIRE_DEVICE void add_own(const Task& task, const Shared& shared, int g) {
     const float most = own > before ? own : before;
     const float kept = before == -INFINITY ? 0.0f : exp2_fast(before - most);
     const float share = exp2_fast(own - most);
-    const float* const value = task.own + ((int64_t{task.M} + query.row) * task.kv_heads + g) * d;
+    const float* const value =
+        task.own + ((int64_t{task.rows.M} + query.row) * task.rows.kv_heads + g) * d;
     float* const at = shared.whole + q * (d + 2) + (dim == d ? d + 1 : dim);
     *at = fmaf(*at, kept, dim == d ? share : share * value[dim]);
   }
@@ -406,7 +370,7 @@ SALTIRE_DEVICE void finish(const Task& task, const Shared& shared) {
     const float sum = whole[i / d * (d + 2) + d + 1];
     float value = whole[i / d * (d + 2) + i % d];
     if (!is_coded(format)) value = sum > 0.0f ? value / sum : value;
-    const int64_t to = query.place * d + i % d;
+    const int64_t to = int64_t{query.place} * d + i % d;
     if (task.out_bf16) {
       from_f32(value, static_cast<bf16*>(task.out)[to]);
     } else {
@@ -439,7 +403,7 @@ __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ Task 
   let_next_kernel_start();
   for (int j = i; j < kQ * d; j += kThreads) {
     const Query& query = shared.queries[j / d];
-    const float x = query.row < 0 ? 0.0f : task.queries[query.place * d + j % d] * kLog2E;
+    const float x = query.row < 0 ? 0.0f : task.queries[int64_t{query.place} * d + j % d] * kLog2E;
     reinterpret_cast<float*>(shared.q)[j % d * kQ + j / d] = x;
   }
   sync_block();
@@ -455,7 +419,7 @@ __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ Task 
   }
   Found found = {};
   for (int q = 0; q < kQ; ++q) found.most[q] = -INFINITY;
-  const int64_t sequence = task.rows[shared.queries[0].row * kRowColumns + kSequence];
+  const int64_t sequence = task.rows.rows[int64_t{shared.queries[0].row} * kRowColumns + kSequence];
   const Head head = find_head<format>(task, sequence, g);
   const int chunks = task.prompt ? live : 1;
   for (int c = 0; c < chunks; ++c) {
@@ -468,7 +432,7 @@ __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ Task 
   join(shared.parts, kWarps, kQ * (d + 2), d, shared.whole);
   sync_block();
   if (!task.prompt && live > 1) {
-    const int64_t place = int64_t{tile} * task.kv_heads + g;
+    const int64_t place = int64_t{tile} * task.rows.kv_heads + g;
     const int64_t part = kQ * (d + 2);
     float* const parts = task.parts + place * task.splits * part;
     for (int j = i; j < part; j += kThreads) parts[split * part + j] = shared.whole[j];
@@ -510,7 +474,7 @@ std::string AttendPlan::text() const {
 
 void run(const AttendProblem& p, const AttendPlan& plan, const Device& device,
          cudaStream_t stream) {
-  if (p.M == 0) return;
+  if (p.M == 0 || run_prompt(p, device, stream)) return;
   constexpr int kMostInGrid = 65535;
   SALTIRE_CHECK(plan.splits <= kMostInGrid && p.cache.kv_heads <= kMostInGrid,
                 "attend_heads: a cache of ", p.cache.slots, " slots and ", p.cache.kv_heads,
@@ -519,17 +483,13 @@ void run(const AttendProblem& p, const AttendPlan& plan, const Device& device,
   Task task = {};
   task.queries = p.queries;
   task.own = p.own;
-  task.rows = p.rows;
+  task.rows = view_of(p);
   task.data = p.cache.data;
   task.grids = p.cache.grids;
   task.counters = p.counters;
   task.parts = p.parts;
   task.out = p.out;
   task.slots = p.cache.slots;
-  task.window = p.window;
-  task.M = static_cast<int>(p.M);
-  task.heads = static_cast<int>(p.heads);
-  task.kv_heads = static_cast<int>(p.cache.kv_heads);
   task.head_dim = static_cast<int>(p.cache.head_dim);
   task.sequences = static_cast<int>(p.cache.sequences);
   task.splits = plan.splits;

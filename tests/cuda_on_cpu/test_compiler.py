@@ -73,6 +73,9 @@ def test_registrations_compile(room) -> None:
 # File -> opcode prefix that the kernels whose name holds the word must have, by architecture.
 INTENDED: list[tuple[str, str, str]] = [
     ("transform_quantize/kernel", "transform_in", "REDUX"),
+    ("decoder_layer/kernel_tokens", "prepare", "REDUX"),
+    ("decoder_layer/kernel_prompt", "attend_prompt", "HMMA.16816.F32.BF16"),
+    ("decoder_layer/kernel_prompt", "attend_prompt", "LDGSTS"),
     ("lowbit_gemm/kernel_gemv", "gemv", "IDP.4A.S8.S8"),
     ("lowbit_gemm/kernel_mma", "multiply_stream", "IMMA.16832.S8.S8"),
     ("lowbit_gemm/kernel_mma", "multiply_stream", "LDGSTS"),

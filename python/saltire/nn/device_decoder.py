@@ -219,7 +219,7 @@ class DeviceDecoder(Decoder):
     ) -> StepResult:
         M, D = len(table), self.sizes.hidden
         state = hidden if hidden is not None else torch.empty(M, D, device=self.device)
-        prompt = prefill and all(row[1] == table[0][1] for row in table)
+        prompt = prefill and all(row[1] == table[0][1] and row[3] >= 0 for row in table)
         rows = torch.tensor(table, device=self.device)
         run = self.memory.on(cache, rows, state, prompt)
         if hidden is None:

@@ -132,9 +132,10 @@ def attend_heads(
 ) -> Tensor:
     """Attention of each row over what it sees, from what ``append_heads`` gave: [M, heads·d].
 
-    prompt: all rows are of one sequence and there are many, so the cache is not split among blocks
-    and neighbouring rows share it; changes the order of sums. scratch: int32 zeros, at least
-    ``attention_counters``, left zero; None only for a prompt or on the CPU.
+    prompt: all rows are of one sequence, each in a slot, and there are many, so the cache is not
+    split among blocks and neighbouring rows share it; changes the order of sums, and over a
+    bfloat16 cache with heads of 64 or 128 rounds queries and shares to bfloat16. scratch: int32
+    zeros, at least ``attention_counters``, left zero; None only for a prompt or on the CPU.
     """
     y: Tensor = _call(
         "attend_heads", queries, own, rows, kv, scales, layer, window, prompt, out_dtype, scratch
