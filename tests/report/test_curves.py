@@ -72,6 +72,27 @@ def test_panels_take_the_columns_that_were_logged(tmp_path) -> None:
         arrange(two, [Panel("none", ("nowhere",))])
 
 
+def test_a_run_of_self_play_shows_what_dept_saw(tmp_path) -> None:
+    ends = {"share player 0": 0.25, "share player 1": 0.25, "share draw": 0.5}
+    seen = {
+        f"dept/boast/player {p}/{name}": 0.1
+        for name in ("fast", "slow", "divergence", "lambda")
+        for p in (0, 1)
+    }
+    logged = ends | seen | {"match_entropy": 0.9, "grad_norm": 0.2, "forfeits": 0.0}
+    pictures = {
+        p.title: [line.label for line in p.lines]
+        for p in arrange(read_groups([str(make_run(tmp_path / "x", 0, **logged))]))
+    }
+    assert pictures["how matches end"] == ["player 0", "player 1", "draw"]
+    assert pictures["push out of an impasse, λ"] == ["player 0", "player 1"]
+    assert pictures["baselines"][:2] == ["player 0, fast", "player 1, fast"]
+    assert {"entropy of how they end", "divergence of the baselines", "gradient norm"} <= set(
+        pictures
+    )
+    assert "forfeits" not in pictures  # there were none
+
+
 def test_picture_and_page_are_whole(tmp_path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / "a<b" / str(seed), seed, reward=0.25)

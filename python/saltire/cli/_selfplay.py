@@ -38,6 +38,7 @@ def train_selfplay(values: dict[str, Any], resume: bool, as_json: bool) -> None:
     if rows:
         _console.out.print(_console.table("last step", ["", "value"], rows))
     _console.out.print(
-        f"the model is in {model}; draw the run with: saltire plot {output}; read a match with: "
-        f"saltire play --replay {output / 'matches.jsonl'} --match 0"
+        f"the model is in {model}; draw the run with: saltire plot {output}; read a match of the "
+        f"last step with: saltire play --replay {output / 'matches.jsonl'} --match 0",
+        soft_wrap=True,
     )

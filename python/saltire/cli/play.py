@@ -49,13 +49,14 @@ def play(
     out: Path | None = OUT,
     replay: Path | None = typer.Option(None, help="show and check the matches of a log instead"),
     match: int = typer.Option(-1, help="with --replay: this match alone, by its number"),
+    step: int = typer.Option(-1, help="with --replay of a training run: its matches of this step"),
     json: bool = _console.JSON_OPTION,
 ) -> None:
     """Let agents play a game, and show the match."""
     from saltire.games import Fixture, make, write_records
 
     if replay is not None:
-        _replay(replay, match, json)
+        _replay(replay, match, step, json)
         return
     if not game:
         raise SaltireError("name a game, such as dont-say-it, or give --replay LOG.")
@@ -216,14 +217,22 @@ def _played(
     return records
 
 
-def _replay(log: Path, match: int, json: bool) -> None:
+def _replay(log: Path, match: int, step: int, json: bool) -> None:
     from saltire.games import make, read_records, replay
     from saltire.report.transcript import outcome_table, print_match
 
     records = read_records(log)
-    chosen = [record for record in records if match in (-1, record.number)]
+    chosen = [
+        record
+        for record in records
+        if match in (-1, record.number) and step in (-1, record.notes.get("step"))
+    ]
     if not chosen:
-        raise SaltireError(f"{log} holds no match {match}; it holds {len(records)} matches.")
+        asked = f"match {match}" if match >= 0 else "match"
+        of = f" of step {step}" if step >= 0 else ""
+        raise SaltireError(f"{log} holds no {asked}{of}; it holds {len(records)} matches.")
+    if match >= 0:
+        chosen = chosen[-1:]  # a training run numbers its matches anew in each step
     for record in chosen:
         game = make(record.game, **record.options)
         replay(game, record)

@@ -42,6 +42,14 @@ PANELS: tuple[Panel, ...] = (
     Panel("tokens held by a clip", ("clipped_*",), "share"),
     Panel("length", ("length",), "tokens"),
     Panel("KL to the reference", ("kl",), "nats", idle=0.0),
+    Panel("how matches end", ("share *",), "share of matches"),
+    Panel("entropy of how they end", ("match_entropy",), "of log K"),
+    Panel("win rate, evaluated", ("win_rate",), "draws count half"),
+    Panel("forfeits", ("forfeits",), "share of matches", idle=0.0),
+    Panel("baselines", ("dept/*/fast", "dept/*/slow"), "reward"),
+    Panel("divergence of the baselines", ("dept/*/divergence",), "reward"),
+    Panel("push out of an impasse, λ", ("dept/*/lambda",)),
+    Panel("gradient norm", ("grad_norm",), "before clipping"),
 )
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too; then matplotlib's own.
@@ -88,7 +96,7 @@ def arrange(groups: Sequence[Group], panels: Sequence[Panel] = PANELS) -> list[P
                     ):
                         continue
                     place = c if len(groups) == 1 else g
-                    label = column if len(groups) == 1 else group.name
+                    label = _short(some)[c] if len(groups) == 1 else group.name
                     reference = group.curve(panel.reference) if panel.reference else None
                     lines.append(Line(label, COLOURS[place % len(COLOURS)], curve, reference))
             if lines:
@@ -140,6 +148,20 @@ th:first-child, td:first-child {{ text-align: left }}
 def _matching(groups: Sequence[Group], patterns: Sequence[str]) -> list[str]:
     logged = list(dict.fromkeys(column for group in groups for column in group.columns()))
     return [c for pattern in patterns for c in logged if fnmatchcase(c, pattern)]
+
+
+def _short(columns: Sequence[str]) -> list[str]:
+    """Columns without the parts that all begin or end with: of "dept/GAME/player 0/lambda" and the
+    other player's, "player 0"; of "share draw" and the others, "draw"."""
+    if len(columns) < 2:
+        return list(columns)
+    mark = "/" if all("/" in column for column in columns) else " "
+    parts = [column.split(mark) for column in columns]
+    for keep in (slice(1, None), slice(None, -1)):
+        end = 0 if keep.start else -1
+        while all(len(some) > 1 and some[end] == parts[0][end] for some in parts):
+            parts = [some[keep] for some in parts]
+    return [(", " if mark == "/" else mark).join(some) for some in parts]
 
 
 def _named(title: str, groups: Sequence[Group]) -> str:

@@ -14,8 +14,7 @@ per batch by the role's mean and are read before they move; outcomes are labels 
 normalised by the K outcomes that the game can have; running extremes start at 0 with the averages;
 matches with a forfeit change neither averages nor entropy, so that a penalty below the worst result
 never becomes V_min, and are valued as the dominant outcome, so that breaking the format never earns
-more than losing. Advantages are never re-centred: their mean is
-the push.
+more than losing. Advantages are never re-centred: their mean is the push.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def match_entropy(counts: Sequence[float]) -> float:
     if total == 0:
         return 1.0
     shares = [count / total for count in counts if count > 0]
-    return -sum(p * math.log(p) for p in shares) / math.log(len(counts))
+    return max(0.0, -sum(p * math.log(p) for p in shares)) / math.log(len(counts))
 
 
 def stagnation(baselines: RoleBaselines, scale: float = 1.0) -> float:

@@ -94,13 +94,14 @@ class Uphill:
 
     words: int = 3
     vocabulary: int = 8
+    habit: float = 0.85
     luck: float = 0.08
     drawn: float = 0.14
     skilled: float = 0.9
 
     def logits(self) -> tuple[Tensor, Tensor]:
         idle = torch.zeros(1, 2, dtype=torch.float64)
-        return idle, _choice_then_phrase(self.words, self.vocabulary, 0.5)
+        return idle, _choice_then_phrase(self.words, self.vocabulary, self.habit)
 
     def play(
         self, words: Sequence[Tensor], draw: Callable[[], Tensor]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,34 @@ def test_saltire_train_runs_self_play(tmp_path) -> None:
     facts = json.loads(result.stdout.splitlines()[-1])
     assert Path(facts["model"], "config.json").exists()
     assert facts["last"]["step"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path) -> None:
+    """SIGKILL at some moment after the first checkpoint; whatever it leaves, --resume takes up."""
+    save_checkpoint(tiny(), tiny_tokenizer(), tmp_path / "model")
+
+    def command(name: str, *options: str) -> list[str]:
+        values = settings(tmp_path / name, steps=8, checkpoint={"every": 1}) | {
+            "kind": "selfplay", "model": str(tmp_path / "model"),
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return [sys.executable, "-m", "saltire", "train", str(path), "--json", *options]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), check=True, env=environment, timeout=300)
+    killed = subprocess.Popen(command("cut"), env=environment)
+    while not any((tmp_path / "cut" / "checkpoints").glob("*[0-9]")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    subprocess.run(command("cut", "--resume"), check=True, env=environment, timeout=300)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    assert without_times(logs[0]) == without_times(logs[1])
+    matches = [read_records(tmp_path / name / "matches.jsonl") for name in ("whole", "cut")]
+    assert matches[0] == matches[1]
 
 
 @pytest.mark.slow
