@@ -94,7 +94,7 @@ class Uphill:
 
     words: int = 3
     vocabulary: int = 8
-    habit: float = 0.85
+    habit: float = 0.5
     luck: float = 0.08
     drawn: float = 0.14
     skilled: float = 0.9
