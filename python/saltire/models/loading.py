@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from saltire.errors import SaltireError
 from saltire.models.default import default_model_path
+from saltire.models.gguf_reading import reading_gguf_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def load_model(
     logging.disable_progress_bar()
     options["trust_remote_code"] = False
     try:
-        with _no_gguf_bar():
+        with reading_gguf_once() if "gguf_file" in options else contextlib.nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype or torch.float32, output_loading_info=True, **options
@@ -73,23 +74,10 @@ def load_tokenizer(spec: str | Path = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        with _no_gguf_bar():
+        with reading_gguf_once() if "gguf_file" in options else contextlib.nullcontext():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise SaltireError(_cannot_load("the tokenizer of ", spec, options, error)) from error
-
-
-@contextlib.contextmanager
-def _no_gguf_bar() -> Iterator[None]:
-    """Silence the bar that reading a GGUF shows whatever the logging settings say."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-
-    bar = getattr(gguf, "tqdm", None)
-    gguf.tqdm = lambda items, **_: items
-    try:
-        yield
-    finally:
-        gguf.tqdm = bar
 
 
 def weight_bytes(spec: str | Path) -> int:
