@@ -66,5 +66,5 @@ def test_what_is_written_to_a_slot_is_read_there(dtype: torch.dtype) -> None:
 def test_a_sum_of_two_dtypes_is_refused() -> None:
     state = torch.zeros(1, D)
     delta: Tensor = torch.zeros(1, D, dtype=BF16)
-    with pytest.raises(SaltireError, match="delta is torch.bfloat16; expected torch.float32"):
+    with pytest.raises(SaltireError, match=r"delta is torch\.bfloat16; expected torch\.float32"):
         layer_parts.residual_norm(state, delta, torch.ones(D), 1e-5, F32)
