@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from tests.cuda_on_cpu.compiler import (
     Kernel,
@@ -13,7 +17,7 @@ from tests.cuda_on_cpu.compiler import (
     nvcc,
     nvdisasm,
 )
-from tests.cuda_on_cpu.emulate import CSRC
+from tests.cuda_on_cpu.emulate import CSRC, ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,6 +72,27 @@ def test_tensor_core_kernels_call_nothing(compiled, case) -> None:
 @pytest.mark.parametrize("room", sorted(f.parent.name for f in CSRC.glob("*/cuda.cpp")))
 def test_registrations_compile(room) -> None:
     compile_registration(CSRC / room / "cuda.cpp")
+
+
+LIBRARY = ROOT / "build" / "cuda" / "libsaltire_cuda.so"  # of `make cuda`
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built: make cuda")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: the library loads")
+def test_the_library_loads_and_registers_its_ops(tmp_path) -> None:
+    """Beside a torch without CUDA: of its symbols only the one that tells the stream is missing."""
+    stub = tmp_path / "stub.c"
+    stub.write_text("int aoti_torch_get_current_cuda_stream(int d, void** s) { return 1; }\n")
+    command = ["gcc", "-shared", "-fPIC", "-w", str(stub), "-o", str(tmp_path / "stub.so")]
+    subprocess.run(command, check=True)
+    code = (
+        "import torch, saltire.ops\n"
+        f"torch.ops.load_library({str(LIBRARY)!r})\n"
+        "for op in ('lowbit_gemm', 'linear_token_stats_backward', 'speculate_verify'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key('saltire::' + op, 'CUDA'), op\n"
+    )
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "stub.so")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 # File -> opcode prefix that the kernels whose name holds the word must have, by architecture.
