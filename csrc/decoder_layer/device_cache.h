@@ -116,5 +116,21 @@ SALTIRE_DEVICE void read_value(const uint32_t (&raw)[words], int v, float (&x)[k
   }
 }
 
+// The sum over the lanes of equal parity of x[q][i], where i is the lane's bits 4, 3, 2: halves are
+// exchanged, so that it takes 8 shuffles a query instead of 32.
+SALTIRE_DEVICE float scatter_sum(float (&x)[kLaneValues], int lane) {
+#pragma unroll
+  for (int mask = 16, count = 4; mask >= 4; mask /= 2, count /= 2) {
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float away = upper ? x[i] : x[i + count];
+      const float here = upper ? x[i + count] : x[i];
+      x[i] = here + shuffle_xor(away, mask);
+    }
+  }
+  return x[0] + shuffle_xor(x[0], 2);
+}
+
 }  // namespace
 }  // namespace saltire::decoder_layer

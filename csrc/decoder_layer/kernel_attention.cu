@@ -99,22 +99,6 @@ SALTIRE_DEVICE Head find_head(const Task& task, int64_t sequence, int g) {
           grids + values * 2 * task.slots};
 }
 
-// The sum over the lanes of equal parity of x[q][i], where i is the lane's bits 4, 3, 2: halves are
-// exchanged, so that it takes 8 shuffles a query instead of 32.
-SALTIRE_DEVICE float scatter_sum(float (&x)[kLaneValues], int lane) {
-#pragma unroll
-  for (int mask = 16, count = 4; mask >= 4; mask /= 2, count /= 2) {
-    const bool upper = (lane & mask) != 0;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float away = upper ? x[i] : x[i + count];
-      const float here = upper ? x[i + count] : x[i];
-      x[i] = here + shuffle_xor(away, mask);
-    }
-  }
-  return x[0] + shuffle_xor(x[0], 2);
-}
-
 // Scores of the 16 slots from `slot`: the lane gets those of one slot (two lanes get the same).
 template <Format format>
 SALTIRE_DEVICE void score(const Head& head, const Shared& shared, int d, int slot, int lane,
