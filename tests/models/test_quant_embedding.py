@@ -57,6 +57,15 @@ def test_a_value_is_off_by_at_most_half_a_step(V: int, D: int, bits: int) -> Non
         assert (error <= 0.51 * step).all()
 
 
+def test_small_rows_keep_their_digits_and_rows_of_zeros_stay_zero() -> None:
+    old = embedding(3, 64)
+    old.weight.data[0] *= 1e-3 / old.weight[0].abs().max()
+    old.weight.data[1] = 0
+    new = round_embedding(old, 8, "embed").dequantized()
+    assert (new[0] - old.weight[0]).abs().max() < 1e-3 / 100
+    assert not new[1].any()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_looking_up_gives_the_rows(bits: int) -> None:
     new = round_embedding(embedding(50, 64), bits, "embed")
@@ -112,6 +121,10 @@ def test_bad_bits_and_bad_weights_are_refused() -> None:
         read_format({"embedding_bits": 8, "group": 64, "colour": 1})
     with pytest.raises(SaltireError, match="groups of 64"):
         round_embedding(embedding(4, 40), 8, "embed")
+    huge = embedding(4, 64)
+    huge.weight.data[1, 3] = 1e8
+    with pytest.raises(SaltireError, match="more than a float16 scale"):
+        round_embedding(huge, 8, "embed")
     broken = embedding(4, 64)
     broken.weight.data[2, 5] = float("nan")
     with pytest.raises(SaltireError, match="embed holds NaN"):

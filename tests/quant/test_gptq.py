@@ -62,6 +62,35 @@ def test_a_searched_grid_is_no_worse_than_the_full_range() -> None:
     assert loss(searched) < loss(full)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_what_200_ranges_find(bits: int) -> None:
+    torch.manual_seed(1)
+    w, importance = torch.randn(32, 128), torch.rand(128)
+    zero = {2: 1.5, 3: 4.0, 4: 8.0}[bits]
+    full = w.abs().amax(1, keepdim=True) / (2**bits - 1 - zero)
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        codes = (w / scale + zero).round().clamp(0, 2**bits - 1)
+        return (((codes - zero) * scale - w).square() * importance).sum(1)
+
+    least = torch.stack([loss(full * step) for step in torch.linspace(0.2, 1, 200)]).amin(0)
+    found = loss(choose_grid(w, importance, bits, 0, False, torch.float32).scale)
+    assert found.sum() < 1.01 * least.sum()
+
+
+def test_the_factor_is_upper_triangular_and_that_of_the_inverse() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(300, 48) * torch.rand(48) * 3
+    H = x.T @ x
+    curvature = Curvature.of(H, damping=0.01)
+    order, U = curvature.order, curvature.factor.double()
+    assert torch.equal(U, U.triu())
+    damped = H.double() + 0.01 * H.diagonal().mean() * torch.eye(48)
+    torch.testing.assert_close(
+        U.T @ U @ damped[order][:, order], torch.eye(48, dtype=torch.float64), atol=1e-4, rtol=0
+    )
+
+
 def test_a_row_of_zeros_stays_zero_or_within_half_a_level() -> None:
     w = torch.randn(3, 64)
     w[1] = 0

@@ -41,7 +41,7 @@ def load_model(
     logging.disable_progress_bar()
     options["trust_remote_code"] = False
     try:
-        with reading_gguf_once() if "gguf_file" in options else contextlib.nullcontext():
+        with _reading(options):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype or torch.float32, output_loading_info=True, **options
@@ -74,10 +74,14 @@ def load_tokenizer(spec: str | Path = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        with reading_gguf_once() if "gguf_file" in options else contextlib.nullcontext():
+        with _reading(options):
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise SaltireError(_cannot_load("the tokenizer of ", spec, options, error)) from error
+
+
+def _reading(options: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    return reading_gguf_once() if "gguf_file" in options else contextlib.nullcontext()
 
 
 def weight_bytes(spec: str | Path) -> int:

@@ -11,13 +11,16 @@ from saltire.quant.finite import all_finite
 from saltire.quant.gptq import choose_grid
 
 ROWS = 4096  # rounded at once
+# Below this a float16 has too few bits left for a scale; rows so small are rounded on this one.
+LEAST_SCALE = 2.0**-18
 
 
 def round_embedding(embedding: nn.Embedding, bits: int, where: str) -> QuantEmbedding:
     """Its weight [V, D] in 8 or 4 bits, in groups of 64 (or 32, or 128) values.
 
     8 bits span each group's range; at 4 bits the range is searched for the least squared error.
-    Raises SaltireError for weights that are not finite, and for a D that no group divides.
+    Raises SaltireError for weights that are not finite or too large for float16 scales, and for a
+    D that no group divides.
     """
     weight = embedding.weight.detach()
     if not all_finite(weight):
@@ -30,13 +33,18 @@ def round_embedding(embedding: nn.Embedding, bits: int, where: str) -> QuantEmbe
     pieces = [_rounded(rows.float(), format) for rows in weight.split(ROWS)]
     made.weight_packed = torch.cat([packed for packed, _ in pieces])
     made.weight_scale = torch.cat([scale for _, scale in pieces])
+    if not all_finite(made.weight_scale):
+        raise SaltireError(
+            f"{where} holds values up to {float(weight.abs().max()):.3g}, more than a float16 "
+            "scale can span. Leave the embedding at 16 bits."
+        )
     return made
 
 
 def _rounded(w: Tensor, format: EmbeddingFormat) -> tuple[Tensor, Tensor]:
     groups = w.unflatten(-1, (-1, format.group))
     if format.embedding_bits == 8:
-        scale = (groups.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float16).tiny).half()
+        scale = (groups.abs().amax(-1) / 127).clamp_min(LEAST_SCALE).half()
     else:
         grid = choose_grid(w, torch.ones(w.shape[1]), 4, format.group, False, torch.float16)
         scale = grid.scale.half()
