@@ -126,11 +126,9 @@ template <bool gated, typename T, int chunks>
 __global__ void __launch_bounds__(kMostThreads) prepare(const __grid_constant__ Task task) {
   auto* const words = reinterpret_cast<uint32_t*>(shared_memory());  // 32 for each of two sums
   const int64_t token = blockIdx.x;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int K = task.K, threads = static_cast<int>(blockDim.x);
-  int32_t* const sums = task.sums + token * (K / task.sum_group);
   wait_for_previous_kernel();
-  if (task.Q != 0) clear_sums(sums, K, task.sum_group);
+  if (task.Q != 0) clear_sums(task.sums + token * (K / task.sum_group), K, task.sum_group);
   float v[chunks][kRun] = {};
   if constexpr (gated) {
     load_gated<T, chunks>(task, token, v);
@@ -146,32 +144,8 @@ __global__ void __launch_bounds__(kMostThreads) prepare(const __grid_constant__ 
     }
     return;
   }
-  uint32_t largest = 0;
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const int at = (c * threads + static_cast<int>(threadIdx.x)) * kRun;
-    if (task.diag != nullptr && at < K) scale_run(task.diag + at, v[c]);
-    if (task.hadamard > 1) {
-      rotate_run(v[c], task.hadamard, lane);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) v[c][i] *= task.norm;
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const uint32_t m = magnitude(v[c][i]);
-      largest = m > largest ? m : largest;
-    }
-  }
-  float scale;
-  const float inverse = choose_scale(block_max(largest, words), task.clip_over_q, &scale);
-  if (threadIdx.x == 0) task.scale[token] = scale;
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const int at = (c * threads + static_cast<int>(threadIdx.x)) * kRun;
-    int32_t sum = 0;
-    if (at < K) sum = store_codes(v[c], inverse, task.Q, task.codes + token * K + at);
-    add_sums(sums, sum, at - lane * kRun, K, task.sum_group, lane);
-  }
+  const uint32_t largest = transform_runs(task, v);
+  round_runs(task, token, largest, v, words);
 }
 
 template <typename T>

@@ -112,12 +112,10 @@ __global__ void __launch_bounds__(kMostThreads)
     transform_in_registers(const __grid_constant__ Task task) {
   auto* const warps = reinterpret_cast<uint32_t*>(shared_memory());
   const int64_t token = blockIdx.x;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int K = task.K, threads = static_cast<int>(blockDim.x);
   const T* const x = static_cast<const T*>(task.x) + token * K;
-  int32_t* const sums = task.sums + token * (K / task.sum_group);
   wait_for_previous_kernel();
-  if (task.y == nullptr) clear_sums(sums, K, task.sum_group);
+  if (task.y == nullptr) clear_sums(task.sums + token * (K / task.sum_group), K, task.sum_group);
   float v[chunks][kRun] = {};
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
@@ -125,22 +123,7 @@ __global__ void __launch_bounds__(kMostThreads)
     if (at < K) load_run(x + at, v[c]);
   }
   let_next_kernel_start();
-  uint32_t largest = 0;
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const int at = (c * threads + static_cast<int>(threadIdx.x)) * kRun;
-    if (task.diag != nullptr && at < K) scale_run(task.diag + at, v[c]);
-    if (task.hadamard > 1) {
-      rotate_run(v[c], task.hadamard, lane);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) v[c][i] *= task.norm;
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const uint32_t m = magnitude(v[c][i]);
-      largest = m > largest ? m : largest;
-    }
-  }
+  const uint32_t largest = transform_runs(task, v);
   if (task.y != nullptr) {
 #pragma unroll
     for (int c = 0; c < chunks; ++c) {
@@ -152,16 +135,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
     return;
   }
-  float scale;
-  const float inverse = choose_scale(block_max(largest, warps), task.clip_over_q, &scale);
-  if (threadIdx.x == 0) task.scale[token] = scale;
-#pragma unroll
-  for (int c = 0; c < chunks; ++c) {
-    const int at = (c * threads + static_cast<int>(threadIdx.x)) * kRun;
-    int32_t sum = 0;
-    if (at < K) sum = store_codes(v[c], inverse, task.Q, task.codes + token * K + at);
-    add_sums(sums, sum, at - lane * kRun, K, task.sum_group, lane);
-  }
+  round_runs(task, token, largest, v, warps);
 }
 
 // Loads the token as floats, with the diagonal and, where 16-byte loads are possible, the

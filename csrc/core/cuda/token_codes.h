@@ -143,4 +143,53 @@ SALTIRE_DEVICE void clear_sums(int32_t* sums, int K, int group) {
   }
 }
 
+// --- a whole token in the registers of its block
+// --------------------------------------------------
+
+// Chunk c of a thread holds the run at (c · threads + thread) · 8. A Task has diag or null,
+// hadamard, norm = 1 / √hadamard, K, Q, clip_over_q, sum_group, and where codes, scale and sums go.
+
+// Diagonal, then Hadamard; returns the largest magnitude of the thread's values.
+template <int chunks, typename Task>
+SALTIRE_DEVICE uint32_t transform_runs(const Task& task, float (&v)[chunks][kRun]) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int c = 0; c < chunks; ++c) {
+    const int at = (c * threads + thread) * kRun;
+    if (task.diag != nullptr && at < task.K) scale_run(task.diag + at, v[c]);
+    if (task.hadamard > 1) {
+      rotate_run(v[c], task.hadamard, thread % 32);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) v[c][i] *= task.norm;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const uint32_t m = magnitude(v[c][i]);
+      largest = m > largest ? m : largest;
+    }
+  }
+  return largest;
+}
+
+// The token's scale, codes and sums; `warps` is 32 words of shared memory. Sums that are added to
+// were cleared by clear_sums.
+template <int chunks, typename Task>
+SALTIRE_DEVICE void round_runs(const Task& task, int64_t token, uint32_t largest,
+                               const float (&v)[chunks][kRun], uint32_t* warps) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int K = task.K, lane = thread % 32;
+  int32_t* const sums = task.sums + token * (K / task.sum_group);
+  float scale;
+  const float inverse = choose_scale(block_max(largest, warps), task.clip_over_q, &scale);
+  if (thread == 0) task.scale[token] = scale;
+#pragma unroll
+  for (int c = 0; c < chunks; ++c) {
+    const int at = (c * threads + thread) * kRun;
+    int32_t sum = 0;
+    if (at < K) sum = store_codes(v[c], inverse, task.Q, task.codes + token * K + at);
+    add_sums(sums, sum, at - lane * kRun, K, task.sum_group, lane);
+  }
+}
+
 }  // namespace saltire::cuda
