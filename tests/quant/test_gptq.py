@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saltire.errors import SaltireError
-from saltire.quant.gptq import Curvature, Grid, choose_grid, gptq
+from saltire.quant.gptq import Curvature, Grid, choose_grid
 
 
 def correlated_inputs(T: int, K: int) -> torch.Tensor:
@@ -29,10 +29,9 @@ def test_gptq_loses_less_output_than_rounding_to_nearest(bits, group, zero_point
     x, w = correlated_inputs(512, 96), torch.randn(24, 96)
     H = x.T @ x
     grid = choose_grid(w, H.diagonal(), bits, group, zero_points, torch.float32)
-    codes = gptq(w, Curvature.of(H), grid, group)
+    codes = Curvature.of(H).round(w, grid)
     assert codes.max() < 2**bits
-    G = group or 96
-    nearest = torch.stack([grid.codes(w[:, k], k // G) for k in range(96)], dim=1)
+    nearest = grid.codes(w)
     error = output_error(x, w, decode(codes, grid, group))
     assert error < 0.8 * output_error(x, w, decode(nearest, grid, group))
 
@@ -40,8 +39,8 @@ def test_gptq_loses_less_output_than_rounding_to_nearest(bits, group, zero_point
 def test_with_uncorrelated_inputs_gptq_is_rounding_to_nearest() -> None:
     w = torch.randn(8, 64)
     grid = choose_grid(w, torch.ones(64), 4, 0, False, torch.float32)
-    nearest = torch.stack([grid.codes(w[:, k], 0) for k in range(64)], dim=1)
-    assert torch.equal(gptq(w, Curvature.of(torch.eye(64)), grid, 0), nearest.to(torch.uint8))
+    nearest = grid.codes(w)
+    assert torch.equal(Curvature.of(torch.eye(64)).round(w, grid), nearest.to(torch.uint8))
 
 
 def test_scales_are_stored_exactly_in_their_dtype() -> None:
@@ -56,7 +55,7 @@ def test_a_searched_grid_is_no_worse_than_the_full_range() -> None:
     full = Grid(w.abs().amax(1, keepdim=True) / 7, torch.full((16, 1), 8.0), 4)
 
     def loss(grid: Grid) -> float:
-        codes = torch.stack([grid.codes(w[:, k], 0) for k in range(128)], dim=1)
+        codes = grid.codes(w)
         return float((decode(codes, grid, 0) - w.double()).square().sum())
 
     assert loss(searched) < loss(full)
@@ -95,7 +94,7 @@ def test_a_row_of_zeros_stays_zero_or_within_half_a_level() -> None:
     w = torch.randn(3, 64)
     w[1] = 0
     grid = choose_grid(w, torch.ones(64), 4, 0, False, torch.float32)
-    rounded = decode(gptq(w, Curvature.of(torch.eye(64)), grid, 0), grid, 0)
+    rounded = decode(Curvature.of(torch.eye(64)).round(w, grid), grid, 0)
     assert torch.equal(rounded[1], torch.zeros(64).double())
 
 
@@ -103,7 +102,7 @@ def test_fewer_tokens_than_channels_still_gives_a_solution() -> None:
     x, w = torch.randn(5, 64), torch.randn(8, 64)
     H = x.T @ x
     grid = choose_grid(w, H.diagonal(), 4, 0, False, torch.float32)
-    assert decode(gptq(w, Curvature.of(H), grid, 0), grid, 0).isfinite().all()
+    assert decode(Curvature.of(H).round(w, grid), grid, 0).isfinite().all()
 
 
 def test_nan_statistics_are_refused() -> None:

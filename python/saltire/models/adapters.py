@@ -17,11 +17,24 @@ if TYPE_CHECKING:  # see hf_quantizer.py
 
 
 @dataclass(frozen=True)
+class Part:
+    """A module of a block whose output is that of one of its linears, ``end``.
+
+    gives_weights: it returns (output, attention weights or None).
+    """
+
+    path: str
+    end: str
+    gives_weights: bool = False
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One architecture: a list of blocks, each with groups of linears that read the same tensor,
     then a norm and the head.
 
-    The groups stand in the order of computation, so that a later one sees the earlier quantised.
+    Groups and parts stand in the order of computation, so that a later one sees the earlier
+    quantised.
     """
 
     model_type: str
@@ -36,6 +49,10 @@ class Adapter:
     head_path: str = "lm_head"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    parts: tuple[Part, ...] = (
+        Part("self_attn", "self_attn.o_proj", gives_weights=True),
+        Part("mlp", "mlp.down_proj"),
+    )
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order."""

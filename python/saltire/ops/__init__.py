@@ -1,6 +1,7 @@
 """Low-level kernels: one file per room of csrc, each with its public function and fake kernel."""
 
 from saltire.ops.factored_linear import factored_gemm
+from saltire.ops.gptq import gptq_round
 from saltire.ops.isa import best_isa, current_isa, force_isa, isa_reason
 from saltire.ops.lowbit_gemm import (
     lowbit_gemm,
@@ -32,6 +33,7 @@ __all__ = [
     "draw_tokens",
     "factored_gemm",
     "force_isa",
+    "gptq_round",
     "isa_reason",
     "linear_token_stats",
     "lowbit_gemm",

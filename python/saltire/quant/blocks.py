@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saltire.models.adapters import Adapter
+from saltire.models.adapters import Adapter, Part
 from saltire.quant.activations import ActivationFile
 
 
@@ -23,6 +25,10 @@ class BlockRunner:
     The states, the input of the block that comes next, lie in a memory-mapped file; a second one
     takes the outputs, so that a run that is killed still has the inputs. Every batch has the same
     shape, so what else a block takes (positions, masks) is captured once.
+
+    What enters the last linear of a part (attention, MLP) is kept, so that later passes over the
+    same block begin with that linear instead of computing the part again: attention is computed
+    once a block, not four times.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class BlockRunner:
         files: where to keep the states of even and of odd blocks (default: nowhere for long).
         start: the block whose inputs ``files`` holds from a run before."""
         chunks = tokens.split(batch)
+        self._parts = adapter.parts
+        self._kept: dict[Part, ActivationFile] = {}
         self._arguments: Mapping[str, Any] = {}
         self._at = start
         first, self._arguments = _block_inputs(model, adapter, chunks[0])
@@ -66,8 +74,12 @@ class BlockRunner:
         """What enters one linear of the block, over all batches: float32 [tokens, K], mapped from a
         file.
 
-        The linears before it run as they are, so those already quantised show their errors.
+        The linears before it run as they are, so those already quantised show their errors. A
+        caller who then changes another linear of the same part calls ``forget``.
         """
+        place = [linear.startswith(f"{part.path}.") for part in self._parts].index(True)
+        for part in self._parts[place:]:
+            self._kept.pop(part, None)
         seen: list[ActivationFile] = []
         batch = 0
 
@@ -81,10 +93,32 @@ class BlockRunner:
         handle = block.get_submodule(linear).register_forward_pre_hook(capture)
         try:
             for batch in range(len(self.hidden)):
-                _run_until_captured(lambda batch=batch: self.run(block, batch))  # type: ignore[misc]
+                with self._replaying(block, batch):
+                    _run_until_captured(lambda batch=batch: self.run(block, batch))  # type: ignore[misc]
         finally:
             handle.remove()
+        if self._parts[place].end == linear:
+            self._kept[self._parts[place]] = seen[0]
         return seen[0].all().flatten(0, 1)
+
+    def forget(self) -> None:
+        """Compute all of the block again, as linears have changed behind ``inputs_of``'s back."""
+        self._kept.clear()
+
+    @contextmanager
+    def _replaying(self, block: nn.Module, batch: int) -> Iterator[None]:
+        """Let the parts that are kept begin with their last linear."""
+        replaced = []
+        for part, kept in self._kept.items():
+            x = kept[batch].unflatten(0, self.hidden.shape[:2]).to(self.dtype)
+            module, end = block.get_submodule(part.path), block.get_submodule(part.end)
+            module.forward = partial(_replay, part, end, x)
+            replaced.append(module)
+        try:
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
 
     def outputs(self, norm: nn.Module) -> Tensor:
         """The hidden states after all blocks and the final norm: float32 [tokens, D], mapped."""
@@ -98,7 +132,9 @@ class BlockRunner:
         """Take the hidden states through the block."""
         after = self._files[(self._at + 1) % 2]
         for index in range(len(self.hidden)):
-            after[index] = self.run(block, index).float()
+            with self._replaying(block, index):
+                after[index] = self.run(block, index).float()
+        self.forget()
         self._at += 1
 
     def flush(self) -> None:
@@ -122,6 +158,12 @@ def _block_inputs(
     finally:
         handle.remove()
     return seen[0]
+
+
+def _replay(part: Part, end: nn.Module, x: Tensor, *_: Any, **__: Any) -> Any:
+    """What a part returns, given what enters its last linear."""
+    y = end(x)
+    return (y, None) if part.gives_weights else y
 
 
 def _run_until_captured(forward: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""Rounding of weights that makes up for its own error (GPTQ), for one matrix.
+"""What GPTQ (``ops.gptq_round``) needs to round a matrix: grids and the curvature of its error.
 
 Source: Frantar et al., GPTQ (2022). Differs: the statistics are those of the rounded activations,
 and grids are chosen under the error that GPTQ minimises.
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saltire import ops
 from saltire.errors import SaltireError
 from saltire.quant.finite import all_finite
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
 COARSE, FINE = 13, 4  # ranges of a grid that are tried, and steps to the next on either side
-BLOCK = 64  # columns rounded before their error is applied to all later ones at once
+SOLVED_AT_ONCE = 128  # columns of a triangle below which halving it costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,19 @@ class Grid:
     zero: Tensor
     bits: int
 
-    def codes(self, w: Tensor, group: int) -> Tensor:
-        """Nearest codes of one column: w [N] -> float [N] of integers in [0, 2**bits)."""
-        scale = self.scale[:, group]
-        return (w / scale + self.zero[:, group]).round().clamp_(0, 2**self.bits - 1)
+    def codes(self, w: Tensor) -> Tensor:
+        """Nearest codes: w [N, K] -> float [N, K] of integers in [0, 2**bits)."""
+        levels = self._grouped(w) / self.scale[..., None] + self.zero[..., None]
+        return levels.round_().clamp_(0, 2**self.bits - 1).view(w.shape)
 
-    def values(self, codes: Tensor, group: int) -> Tensor:
-        """What codes stand for: [N] -> [N]."""
-        return (codes - self.zero[:, group]) * self.scale[:, group]
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for: [N, K] -> [N, K]."""
+        return ((self._grouped(codes) - self.zero[..., None]) * self.scale[..., None]).view(
+            codes.shape
+        )
+
+    def _grouped(self, w: Tensor) -> Tensor:
+        return w.reshape(len(w), self.scale.shape[1], -1)
 
 
 def choose_grid(
@@ -134,34 +140,25 @@ class Curvature:
         ridge = H.double()[backwards][:, backwards]
         ridge.diagonal().add_(damping * float(power.mean()))
         M = torch.linalg.cholesky(ridge).flip(0, 1)
-        eye = torch.eye(len(H), dtype=M.dtype)
-        U = torch.linalg.solve_triangular(M, eye, upper=True)
-        return cls(order, U.float(), power.float())
+        return cls(order, upper_inverse(M).float(), power.float())
+
+    def round(self, w: Tensor, grid: Grid) -> Tensor:
+        """Codes uint8 [N, K] of w, float [N, K]: each column makes up for those before it."""
+        return ops.gptq_round(w.float(), self.order, self.factor, grid.scale, grid.zero, grid.bits)
 
 
-def gptq(w: Tensor, curvature: Curvature, grid: Grid, group: int) -> Tensor:
-    """Round w column by column, moving each column's error onto the columns not yet rounded.
+def upper_inverse(M: Tensor) -> Tensor:
+    """M⁻¹ of an upper-triangular M, float64 [K, K].
 
-    w: float [N, K]. Returns codes uint8 [N, K].
+    By halves, so that most of the work is in products of two matrices, and what is below the
+    diagonal is left out: a third of the time of solving for an identity at K = 1,536.
     """
-    N, K = w.shape
-    order, U = curvature.order, curvature.factor
-    groups = (order // (group or K)).tolist()
-    w = w.float()[:, order]
-    codes = torch.empty(K, N)  # columns as rows, so that each is contiguous
-    for start in range(0, K, BLOCK):
-        stop = min(start + BLOCK, K)
-        block = w[:, start:stop].T.contiguous()
-        errors = torch.empty_like(block)
-        inner = U[start:stop, start:stop]
-        for j in range(stop - start):
-            g = groups[start + j]
-            code = codes[start + j] = grid.codes(block[j], g)
-            errors[j] = (block[j] - grid.values(code, g)) / inner[j, j]
-            if j + 1 < stop - start:
-                block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
-        if stop < K:
-            w[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
-    result = torch.empty(N, K, dtype=torch.uint8)
-    result[:, order] = codes.T.to(torch.uint8)
+    K = len(M)
+    if K <= SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(M, torch.eye(K, dtype=M.dtype), upper=True)
+    half = K // 2
+    result = torch.zeros_like(M)
+    result[:half, :half] = upper_inverse(M[:half, :half])
+    result[half:, half:] = upper_inverse(M[half:, half:])
+    result[:half, half:] = -(result[:half, :half] @ M[:half, half:]) @ result[half:, half:]
     return result

@@ -13,7 +13,7 @@ from saltire.nn.linear_format import SCALE_DTYPES, LinearFormat
 from saltire.nn.quant_linear import QuantLinear
 from saltire.processes import sum_over_all
 from saltire.quant.finite import all_finite
-from saltire.quant.gptq import Curvature, choose_grid, gptq
+from saltire.quant.gptq import Curvature, choose_grid
 from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms import Transform, starting_transform
@@ -21,6 +21,7 @@ from saltire.reference.lowbit_gemm import dequantize_weight
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 MOMENT_CHUNK = 2048  # tokens whose codes are held as floats at once
+PANEL = 256  # rows of a second moment that are computed in one product
 ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 
 
@@ -81,7 +82,7 @@ class InputRounding:
             grid = choose_grid(
                 w, self.curvature.power, f.weight_bits, f.group, f.zero_points, dtype
             )
-            packed.append(ops.pack_weight(gptq(w, self.curvature, grid, f.group), f.weight_bits))
+            packed.append(ops.pack_weight(self.curvature.round(w, grid), f.weight_bits))
             scale.append(grid.scale.to(dtype))
             zero.append(grid.zero.to(dtype))
         return RoundedWeights(self, torch.cat(packed), torch.cat(scale), torch.cat(zero))
@@ -190,8 +191,11 @@ def second_moment(rotated: Tensor, format: LinearFormat) -> Tensor:
     H = torch.zeros(K, K)
     for x in rotated.split(MOMENT_CHUNK):
         rounded = _rounded(x, format)
-        H.addmm_(rounded.T, rounded)
-    return sum_over_all(H)
+        for start in range(0, K, PANEL):  # H is symmetric: on and right of the diagonal is enough
+            panel = rounded[:, start : start + PANEL]
+            H[start : start + PANEL, start:].addmm_(panel.T, rounded[:, start:])
+    upper = H.triu()
+    return sum_over_all(upper + upper.triu(1).T)
 
 
 def finite_linear(parent: nn.Module, name: str) -> nn.Linear:

@@ -30,6 +30,7 @@ def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None
     size = int(block.get_submodule(adapter.output.rpartition(".")[0]).head_dim)  # type: ignore[arg-type]
     share = output.in_features // value.out_features
     fold_turns(value, output, principal_turns(sum_over_all(x.T @ x), output.weight, size, share))
+    runner.forget()
 
 
 def prepare(
