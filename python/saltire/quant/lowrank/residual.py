@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saltire import ops
 from saltire.nn.quant_linear import QuantLinear, decode_rows, encode_rows
-from saltire.quant.gptq import Curvature, choose_grid, gptq
+from saltire.quant.gptq import Curvature, choose_grid
 from saltire.quant.layer import InputRounding, check_activations, finite_linear, put
 from saltire.quant.lowrank.dam import apply_gauge
 from saltire.quant.lowrank.truncation import Factors, Statistics, truncate
@@ -42,27 +42,23 @@ def residual_group(
     statistics = Statistics.of(x)
     rounding = InputRounding.of(x, torch.cat(weights), recipe, where)
     seen = rounding.inputs(x)
+    branches: list[Factors | None] = [None for _ in names]
     main = rounding.round(torch.cat(weights))
-    stored: list[tuple[Stored, Stored] | None] = [None for _ in names]
     for turn in range(TURNS if any(ranks[name] for name in names) else 0):
-        rest = []
-        for i, (weight, kept) in enumerate(zip(weights, main.weight().split(sizes), strict=True)):
-            rank = ranks[names[i]]
-            if not rank:
-                rest.append(weight)
-                continue
-            low = truncate(weight - kept, statistics, rank)
-            branch = low.weight().float()
-            if turn == TURNS - 1:
-                low = apply_gauge(low, statistics, settings.gauge)
-                stored[i], branch = _store(low, rounding, seen, settings)
-            rest.append(weight - branch)
-        main = rounding.round(torch.cat(rest))
+        if turn > 0:
+            main = rounding.round(torch.cat(_without(weights, branches)))
+        lost = [w - kept for w, kept in zip(weights, main.weight().split(sizes), strict=True)]
+        branches = [
+            truncate(rest, statistics, ranks[name]) if ranks[name] else None
+            for name, rest in zip(names, lost, strict=True)
+        ]
     made, start = {}, 0
-    for name, linear, factors in zip(names, linears, stored, strict=True):
+    for name, linear, branch in zip(names, linears, branches, strict=True):
         stop = start + linear.out_features
         layer = main.layer(start, stop, linear.bias)
-        if factors is not None:
+        if branch is not None:
+            low = apply_gauge(branch, statistics, settings.gauge)
+            factors = _store(low, rounding, seen, settings.branch_bits)
             layer = _with_branch(layer, factors, ranks[name], settings)
         made[name] = layer
         put(parent, name, layer)
@@ -70,17 +66,19 @@ def residual_group(
     return made
 
 
-def _store(
-    low: Factors, rounding: InputRounding, seen: Tensor, settings: LowRank
-) -> tuple[tuple[Stored, Stored], Tensor]:
-    """The branch as it is stored, the first factor in the basis of the transformed input, and the
-    weight [N, K] that it then stands for."""
-    bits = settings.branch_bits
+def _without(weights: list[Tensor], branches: list[Factors | None]) -> list[Tensor]:
+    """What is left of the weights for their rounding."""
+    return [
+        weight if branch is None else weight - branch.weight().float()
+        for weight, branch in zip(weights, branches, strict=True)
+    ]
+
+
+def _store(low: Factors, rounding: InputRounding, seen: Tensor, bits: int) -> tuple[Stored, Stored]:
+    """The branch as it is stored, the first factor in the basis of the transformed input."""
     down = _encode(rounding.weights(low.down.float()), rounding.curvature, bits)
-    decoded = decode_rows(*down, bits)
-    ranks = seen @ decoded.T
-    up = _encode(low.up.float(), Curvature.of(ranks.T @ ranks), bits)
-    return (down, up), rounding.back(decode_rows(*up, bits) @ decoded)
+    z = seen @ decode_rows(*down, bits).T
+    return down, _encode(low.up.float(), Curvature.of(z.T @ z), bits)
 
 
 def _encode(weight: Tensor, curvature: Curvature, bits: int) -> Stored:
@@ -88,7 +86,7 @@ def _encode(weight: Tensor, curvature: Curvature, bits: int) -> Stored:
     if bits > 4:
         return encode_rows(weight, bits)
     grid = choose_grid(weight, curvature.power, 4, 0, False, torch.float32)
-    return ops.pack_weight(gptq(weight, curvature, grid, 0), 4), grid.scale[:, 0].clone()
+    return ops.pack_weight(curvature.round(weight, grid), 4), grid.scale[:, 0].clone()
 
 
 def _with_branch(
