@@ -46,8 +46,9 @@ def moments(run: Path) -> dict[str, torch.Tensor]:
     [
         {},
         {"lora": {"rank": 2, "alpha": 8.0}, "update": {**COMMON["update"], "kl_coefficient": 0.1}},
+        {"update": {**COMMON["update"], "top_entropy": 0.3}},
     ],
-    ids=["full", "lora-kl"],
+    ids=["full", "lora-kl", "top-entropy"],
 )
 def test_two_ranks_decide_and_learn_as_one(tmp_path: Path, more: dict) -> None:
     changes = {**COMMON, **more}

@@ -93,7 +93,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW, and how often a rollout is used: minibatches · epochs updates."""
+    """AdamW, and how often a rollout is used: minibatches · epochs updates.
+
+    ``top_entropy``: the share of the sampled tokens that is learnt from, highest entropy first.
+    """
 
     algorithm: Algorithm = "dapo"
     learning_rate: float = 1e-6
@@ -107,9 +110,14 @@ class OptimiserConfig:
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl_coefficient: float = 0.0
+    top_entropy: float = 1.0
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 < self.top_entropy <= 1:
+            raise SaltireError(
+                f"update.top_entropy is {self.top_entropy}; it must be above 0 and at most 1."
+            )
         _positive(
             "update", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm,
             minibatches=self.minibatches, epochs=self.epochs, micro_batch=self.micro_batch,

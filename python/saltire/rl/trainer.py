@@ -45,6 +45,7 @@ from saltire.rl.runlog import LOG, RunLog
 from saltire.rl.schedules import phase_of
 from saltire.rl.step import Experience, UpdateConfig, UpdateStats, score, update
 from saltire.rl.tasks import Task
+from saltire.rl.top_entropy import on_top_entropy
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.json"
 
@@ -133,8 +134,8 @@ class Trainer:
         self.parts.refresh()
         batch = self.collector.collect(step, phase, temperature)
         batch = dataclasses.replace(batch, sequences=batch.sequences.to(self.device))
-        old, entropy = self.measure(batch.sequences)
-        experience = self.experience(batch, old)
+        old, entropies, entropy = self.measure(batch.sequences)
+        experience = self.experience(batch, old, entropies)
         if step == 0 and control is not None and self.config.entropy.probe:
             self.probe(experience)
         reading, knobs = None, self.knobs
@@ -171,20 +172,24 @@ class Trainer:
             return control.setting
         return self.config.rollout.temperature
 
-    def measure(self, sequences: Sequences) -> tuple[Tensor, float]:
-        """The present policy's log-probs, f32 [B, S], and its mean entropy over all ranks."""
+    def measure(self, sequences: Sequences) -> tuple[Tensor, Tensor, float]:
+        """The present policy's log-probs and entropies, f32 [B, S], and its mean entropy over all
+        ranks."""
         config = self.config.update
         logprob, entropy = score(
             self.parts.policy, sequences, self.temperature, config.micro_batch, config.bf16
         )
         meter = EntropyMeter()
         meter.add(entropy, sequences.action)
-        return logprob, meter.mean()
+        return logprob, entropy, meter.mean()
 
-    def experience(self, batch: Batch, old: Tensor) -> Experience:
+    def experience(self, batch: Batch, old: Tensor, entropy: Tensor) -> Experience:
         """Group advantages and, with a KL term, the reference's log-probs."""
         config = self.config.update
         advantages = group_advantages(batch.rewards, config.algorithm).flatten().to(self.device)
+        if config.top_entropy < 1:
+            action = batch.sequences.action
+            advantages = on_top_entropy(advantages, entropy, action, config.top_entropy)
         reference = None
         if config.kl_coefficient:
             with self._reference() as policy:
@@ -236,7 +241,7 @@ class Trainer:
             lambda setting: void(
                 self.learn(experience, actuator.apply(self.knobs, setting), self.config.steps)
             ),
-            lambda: self.measure(experience.sequences)[1],
+            lambda: self.measure(experience.sequences)[2],
         )
         if self.authority is not None and self.authority.advice:
             self.messages.append(self.authority.advice)
