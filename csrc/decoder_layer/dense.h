@@ -1,5 +1,6 @@
 // Products with weights as the checkpoint has them, row-major [N, K], in f32, bf16 or f16.
 #pragma once
+
 #include "core/cpu/vector16.h"
 #include "decoder_layer/ahead.h"
 #include "decoder_layer/dense_avx2.h"
@@ -135,11 +136,14 @@ constexpr int outputs_of_tile(int R) {
 }
 
 template <Format format, int R>
-inline void dot_rows(const Dense& d, const DenseRows& rows, int64_t m0, int64_t begin,
-                     int64_t end) {
+inline void dot_rows(const Dense& d, const DenseRows& rows, int64_t m0, int64_t begin, int64_t end,
+                     Ahead& ahead, int64_t lines) {
   constexpr int C = outputs_of_tile(R);
   int64_t n = begin;
-  for (; n + C <= end; n += C) dot_tile<format, R, C>(d, rows, m0, n);
+  for (; n + C <= end; n += C) {
+    ahead.ask(lines * C);
+    dot_tile<format, R, C>(d, rows, m0, n);
+  }
   for (; n < end; ++n) dot_tile<format, R, 1>(d, rows, m0, n);
 }
 
@@ -154,33 +158,42 @@ inline void dense_format(const Dense& d, const DenseRows& rows, int64_t begin, i
 #endif
   // Tiles of nearly equal height: 9 rows are 5 and 4, not 8 and 1.
   const int64_t tiles = (rows.rows + most - 1) / most;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t m0 = rows.rows * tile / tiles;
-    switch (rows.rows * (tile + 1) / tiles - m0) {
-      case 1:
-        dot_rows<format, 1>(d, rows, m0, begin, end);
-        break;
-      case 2:
-        dot_rows<format, 2>(d, rows, m0, begin, end);
-        break;
-      case 3:
-        dot_rows<format, 3>(d, rows, m0, begin, end);
-        break;
-      case 4:
-        dot_rows<format, 4>(d, rows, m0, begin, end);
-        break;
-      case 5:
-        dot_rows < format, most<5 ? 1 : 5>(d, rows, m0, begin, end);
-        break;
-      case 6:
-        dot_rows < format, most<6 ? 1 : 6>(d, rows, m0, begin, end);
-        break;
-      case 7:
-        dot_rows < format, most<7 ? 1 : 7>(d, rows, m0, begin, end);
-        break;
-      default:
-        dot_rows < format, most<8 ? 1 : 8>(d, rows, m0, begin, end);
-        break;
+  // Tiles take turns at a panel, which stays in L2, and each asks for its share of the next one.
+  const int64_t bytes = d.k * static_cast<int64_t>(sizeof(typename Weights<format>::type));
+  const int64_t step = tiles == 1 ? end - begin : kPanel;
+  const int64_t lines = tiles == 1 ? 0 : bytes / 64 / tiles + 1;
+  const auto* w = static_cast<const char*>(d.w);
+  for (int64_t from = begin; from < end; from += step) {
+    const int64_t to = smaller(from + step, end);
+    Ahead ahead{w + to * bytes, w + smaller(to + step, d.n) * bytes};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m0 = rows.rows * tile / tiles;
+      switch (rows.rows * (tile + 1) / tiles - m0) {
+        case 1:
+          dot_rows<format, 1>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 2:
+          dot_rows<format, 2>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 3:
+          dot_rows<format, 3>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 4:
+          dot_rows<format, 4>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 5:
+          dot_rows < format, most<5 ? 1 : 5>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 6:
+          dot_rows < format, most<6 ? 1 : 6>(d, rows, m0, from, to, ahead, lines);
+          break;
+        case 7:
+          dot_rows < format, most<7 ? 1 : 7>(d, rows, m0, from, to, ahead, lines);
+          break;
+        default:
+          dot_rows < format, most<8 ? 1 : 8>(d, rows, m0, from, to, ahead, lines);
+          break;
+      }
     }
   }
 }

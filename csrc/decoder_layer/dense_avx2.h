@@ -26,7 +26,9 @@ constexpr int kTileOutputs = 3;
 constexpr int kTileSums = 2 * kTileRows * kTileOutputs * kHalf;  // floats of both halves
 constexpr int64_t kPanelTiles = (kPanel + kTileOutputs - 1) / kTileOutputs;
 
-// Half h of the operands that Weights<format>::read makes of one step.
+// Half h of one operand that Weights<format>::read makes of a step. Operands are read one part
+// after the other, though two parts share their bytes: 12 sums, 3 operands and a value are all
+// registers.
 template <Format format>
 struct HalfWeights;
 
@@ -35,8 +37,9 @@ struct HalfWeights<Format::f32> {
   using type = float;
   static constexpr int64_t step = 16;
   static constexpr int parts = 1;
-  static inline void read(const type* p, int h, __m256 (&w)[parts]) {
-    w[0] = _mm256_loadu_ps(p + h * kHalf);
+  template <int part>
+  static inline __m256 read(const type* p, int h) {
+    return _mm256_loadu_ps(p + h * kHalf);
   }
 };
 template <>
@@ -44,8 +47,9 @@ struct HalfWeights<Format::f16> {
   using type = uint16_t;
   static constexpr int64_t step = 16;
   static constexpr int parts = 1;
-  static inline void read(const type* p, int h, __m256 (&w)[parts]) {
-    w[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + h * kHalf)));
+  template <int part>
+  static inline __m256 read(const type* p, int h) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + h * kHalf)));
   }
 };
 template <>
@@ -53,12 +57,30 @@ struct HalfWeights<Format::bf16> {
   using type = uint16_t;
   static constexpr int64_t step = 32;
   static constexpr int parts = 2;
-  static inline void read(const type* p, int h, __m256 (&w)[parts]) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + h * kLanes));
-    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
-    w[1] = _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32(-65536)));
+  template <int part>
+  static inline __m256 read(const type* p, int h) {
+    __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + h * kLanes));
+    if constexpr (part == 1) a = _mm256_srli_epi32(a, 16);  // a mask would take a register
+    return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
   }
 };
+
+// One part of a step: R rows times C outputs.
+template <Format format, int part, int R, int C>
+inline void half_step(const typename HalfWeights<format>::type* w, int64_t w_stride, const float* x,
+                      int64_t x_stride, int h, __m256 (&acc)[R][C]) {
+  __m256 operand[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    operand[c] = HalfWeights<format>::template read<part>(w + c * w_stride, h);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const __m256 value = _mm256_loadu_ps(x + r * x_stride + part * kLanes + h * kHalf);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = _mm256_fmadd_ps(value, operand[c], acc[r][c]);
+  }
+}
 
 // Adds inputs [begin, end) of R rows times C outputs to `sums`, f32 [2][R][C][8].
 template <Format format, int R, int C>
@@ -76,21 +98,8 @@ inline void half_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t
       for (int c = 0; c < C; ++c) acc[r][c] = _mm256_loadu_ps(half + (r * C + c) * kHalf);
     }
     for (int64_t k = begin; k < end; k += W::step) {
-      __m256 operand[C][W::parts];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) W::read(w + c * d.k + k, h, operand[c]);
-#pragma GCC unroll 2
-      for (int part = 0; part < W::parts; ++part) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const __m256 value =
-              _mm256_loadu_ps(x + r * rows.x_stride + k + part * kLanes + h * kHalf);
-#pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) {
-            acc[r][c] = _mm256_fmadd_ps(value, operand[c][part], acc[r][c]);
-          }
-        }
-      }
+      half_step<format, 0>(w + k, d.k, x + k, rows.x_stride, h, acc);
+      if constexpr (W::parts == 2) half_step<format, 1>(w + k, d.k, x + k, rows.x_stride, h, acc);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

@@ -110,7 +110,7 @@ INTENDED: list[tuple[str, str, str]] = [
     ("lowbit_gemm/sm90_prefill", "multiply_tiles", "IGMMA.64x128x32.S8.S8"),
     ("lowbit_gemm/sm90_prefill", "multiply_tiles", "UTMALDG.2D"),
     ("token_stats/kernel_rows", "stats_of_rows", "MUFU.EX2"),
-    ("token_stats/kernel_rows", "stats_of_rows", "LDG.E.128"),
+    ("token_stats/kernel_rows", "stats_of_rows", "LDG.E.NA.LTC128B.128"),
     ("token_stats/kernel_mma", "multiply_tiles", "HMMA.16816.F32.BF16"),
     ("token_stats/kernel_mma", "multiply_tiles", "LDGSTS"),
     ("token_stats/sm90_linear", "multiply_tiles", "HGMMA.64x256x16.F32.BF16"),

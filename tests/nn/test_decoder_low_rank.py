@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -29,10 +30,12 @@ def compressed(low_rank: LowRank, architecture: str = "llama", recipe: str = "w4
     return quantize(model, None, chosen, random_tokens(model, 4, 64), batch=2)
 
 
-def decode_all(decoder: Decoder, prompt: int) -> torch.Tensor:
+def decode_all(
+    decoder: Decoder, prompt: int, tokens: Sequence[int] = tuple(TOKENS)
+) -> torch.Tensor:
     cache = decoder.new_cache(1, 48)
-    logits = [decoder.prefill(cache, [TOKENS[:prompt]]).logits]
-    return torch.cat(logits + [decoder.step(cache, [[t]]).logits for t in TOKENS[prompt:]])
+    logits = [decoder.prefill(cache, [tokens[:prompt]]).logits]
+    return torch.cat(logits + [decoder.step(cache, [[t]]).logits for t in tokens[prompt:]])
 
 
 @torch.no_grad()
@@ -41,21 +44,25 @@ def decode_all(decoder: Decoder, prompt: int) -> torch.Tensor:
     [
         ("llama", LowRank("factored", 0.8)),
         ("qwen2", LowRank("factored", 0.7)),  # biases; more layers in two factors
-        ("llama", LowRank("residual", 1.3)),
+        ("llama", LowRank("residual", 1.4)),
         ("llama", LowRank("residual", 1.5, branch_bits=8)),
         ("qwen2", LowRank("residual", 1.8, branch_bits=16)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.branch_bits}",
 )
 def test_the_decoder_gives_what_transformers_gives(architecture, low_rank, isa: str) -> None:
-    """A rounding that falls the other way moves a few logits; the rest are equal."""
+    """A rounding that falls the other way moves what follows it in its text; the rest is equal."""
     model = compressed(low_rank, architecture)
     if low_rank.kind == "factored":
         assert any(isinstance(module, FactoredQuantLinear) for module in model.modules())
-    exact = model(torch.tensor([TOKENS]), use_cache=False).logits[0, 16:]
-    logits = decode_all(build_decoder(model), prompt=17)
-    assert (logits - exact).norm() / exact.norm() < 0.02
-    assert (logits - exact).abs().median() < 1e-4
+    decoder, equal = build_decoder(model), []
+    for seed in range(4):
+        tokens = random_tokens(model, 1, 40, seed)[0].tolist()
+        exact = model(torch.tensor([tokens]), use_cache=False).logits[0, 16:]
+        logits = decode_all(decoder, 17, tokens)
+        assert (logits - exact).norm() / exact.norm() < 0.02
+        equal.append((logits - exact).abs().amax(1) < 1e-4)
+    assert torch.cat(equal).float().mean() > 0.5
 
 
 def test_rows_of_two_factors_depend_on_nothing_else_bitwise(isa: str) -> None:
