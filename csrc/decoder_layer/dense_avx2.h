@@ -24,7 +24,8 @@ constexpr int64_t kPassInputs = 640;
 constexpr int kTileRows = 4;
 constexpr int kTileOutputs = 3;
 constexpr int kTileSums = 2 * kTileRows * kTileOutputs * kHalf;  // floats of both halves
-constexpr int64_t kPanelTiles = (kPanel + kTileOutputs - 1) / kTileOutputs;
+// Tiles of outputs whose sums wait in L1 for the next pass.
+constexpr int64_t kWaiting = 8;
 
 // Half h of one operand that Weights<format>::read makes of a step. Operands are read one part
 // after the other, though two parts share their bytes: 12 sums, 3 operands and a value are all
@@ -82,7 +83,8 @@ inline void half_step(const typename HalfWeights<format>::type* w, int64_t w_str
   }
 }
 
-// Adds inputs [begin, end) of R rows times C outputs to `sums`, f32 [2][R][C][8].
+// Adds inputs [begin, end) of R rows times C outputs to `sums`, f32 [2][R][C][8]; from 0 on it sets
+// them.
 template <Format format, int R, int C>
 inline void half_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t n0, int64_t begin,
                       int64_t end, float* sums) {
@@ -95,7 +97,9 @@ inline void half_tile(const Dense& d, const DenseRows& rows, int64_t m0, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] = _mm256_loadu_ps(half + (r * C + c) * kHalf);
+      for (int c = 0; c < C; ++c) {
+        acc[r][c] = begin == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(half + (r * C + c) * kHalf);
+      }
     }
     for (int64_t k = begin; k < end; k += W::step) {
       half_step<format, 0>(w + k, d.k, x + k, rows.x_stride, h, acc);
@@ -133,24 +137,27 @@ inline void half_pass(const Dense& d, const DenseRows& rows, int64_t m0, int64_t
 template <Format format, int R>
 inline void half_rows(const Dense& d, const DenseRows& rows, int64_t m0, int64_t begin, int64_t end,
                       Ahead& ahead, int64_t lines) {
-  float sums[kPanelTiles][kTileSums] = {};
+  float sums[kWaiting][kTileSums];
   const int64_t passes = (d.k + kPassInputs - 1) / kPassInputs;
   const int64_t inputs = round_up((d.k + passes - 1) / passes, HalfWeights<format>::step);
-  for (int64_t k = 0; k < d.k; k += inputs) {
-    const int64_t last = smaller(k + inputs, d.k);
-    float (*tile)[kTileSums] = sums;
-    for (int64_t n = begin; n < end; n += kTileOutputs, ++tile) {
-      ahead.ask(lines);
-      switch (smaller<int64_t>(kTileOutputs, end - n)) {
-        case 3:
-          half_pass<format, R, 3>(d, rows, m0, n, k, last, *tile);
-          break;
-        case 2:
-          half_pass<format, R, 2>(d, rows, m0, n, k, last, *tile);
-          break;
-        default:
-          half_pass<format, R, 1>(d, rows, m0, n, k, last, *tile);
-          break;
+  for (int64_t from = begin; from < end; from += kWaiting * kTileOutputs) {
+    const int64_t to = smaller<int64_t>(from + kWaiting * kTileOutputs, end);
+    for (int64_t k = 0; k < d.k; k += inputs) {
+      const int64_t last = smaller(k + inputs, d.k);
+      float (*tile)[kTileSums] = sums;
+      for (int64_t n = from; n < to; n += kTileOutputs, ++tile) {
+        ahead.ask(lines);
+        switch (smaller<int64_t>(kTileOutputs, to - n)) {
+          case 3:
+            half_pass<format, R, 3>(d, rows, m0, n, k, last, *tile);
+            break;
+          case 2:
+            half_pass<format, R, 2>(d, rows, m0, n, k, last, *tile);
+            break;
+          default:
+            half_pass<format, R, 1>(d, rows, m0, n, k, last, *tile);
+            break;
+        }
       }
     }
   }
