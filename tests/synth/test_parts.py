@@ -1,11 +1,8 @@
-"""The parts of a synthesis: reading, scoring, ordering, grouping, packing."""
+"""The parts of a synthesis: scoring, ordering, grouping, packing."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,65 +15,8 @@ from saltire.synth import SynthConfig, cu_seqlens, document_mask, position_ids
 from saltire.synth.groups import Budget, form_samples
 from saltire.synth.orders import order_group
 from saltire.synth.pack import make_separator, pack
-from saltire.synth.read import Problems, find_sources, read_documents
 from saltire.synth.shared_prefix import SharedPrefixScorer
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
-
-
-def read(path: Path, strict: bool = False) -> tuple[list[tuple[int, str]], Problems]:
-    problems = Problems(strict)
-    return list(read_documents(str(path), "text", problems)), problems
-
-
-def test_lines_that_cannot_be_read_are_counted_with_their_places(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    lines = [b'{"text": "one"}', b"{broken", b'{"other": 1}', b'{"text": "\xff"}', b'{"text": " "}']
-    path.write_bytes(b"\n".join([*lines, b'{"text": 5}', b'{"text": "two"}']))
-    rows, problems = read(path)
-    assert rows == [(1, "one"), (7, "two")]
-    assert problems.counts == {
-        "broken JSON": 1,
-        "no field 'text'": 1,
-        "broken UTF-8": 1,
-        "empty text": 1,
-        "text is no string": 1,
-    }
-    assert problems.places["no field 'text'"] == [f"{path}, line 3 (has: other)"]
-    with pytest.raises(SaltireError, match="line 2: broken JSON"):
-        read(path, strict=True)
-
-
-def test_a_cut_off_gzip_is_refused_with_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    rows = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(2000))
-    path.write_bytes(gzip.compress(rows)[:-200])
-    with pytest.raises(SaltireError, match="after line"):
-        read(path)
-
-
-def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
-    import pyarrow
-    import zstandard
-    from pyarrow import parquet
-
-    texts = ["first", "zweite ß", "third\nwith lines"]
-    data = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
-    (tmp_path / "a.jsonl").write_bytes(data)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(data))
-    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
-    sources = find_sources([str(tmp_path)])
-    assert len(sources) == 4
-    for source in sources:
-        assert [text for _, text in read(Path(source))[0]] == texts
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "/nowhere/at/all", "file.exe"])
-def test_inputs_that_are_not_there_or_unknown_are_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file.exe").write_text("x")
-    path = tmp_path / name if name == "file.exe" else Path(name)
-    with pytest.raises(SaltireError, match=path.name):
-        find_sources([str(path)])
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from saltire.errors import MissingExtraError, SaltireError
 
@@ -44,14 +45,17 @@ class Problems:
 def find_sources(inputs: Sequence[str]) -> list[str]:
     """Every file of the inputs, folders searched, in a fixed order; other names are datasets.
 
-    Raises SaltireError for a path that is not there or a folder without a readable file.
+    Raises SaltireError for a path that is not there, a folder without a readable file, or a saved
+    dataset of several splits.
     """
     if not inputs:
         raise SaltireError("no input was given; expected at least one file, folder or dataset.")
     sources: list[str] = []
     for name in inputs:
         path = Path(name)
-        if path.is_dir() and not (path / "dataset_info.json").exists():
+        if (path / "dataset_dict.json").exists():
+            sources.append(_only_split(path))
+        elif path.is_dir() and not (path / "dataset_info.json").exists():
             files = sorted(p for p in path.rglob("*") if p.is_file() and _readable(p))
             if not files:
                 raise SaltireError(
@@ -74,7 +78,9 @@ def find_sources(inputs: Sequence[str]) -> list[str]:
 def describe_source(source: str) -> dict[str, Any]:
     """Name and size of a source, for the manifest and to notice a change when resuming."""
     path = Path(source)
-    return {"name": source, "bytes": path.stat().st_size if path.is_file() else None}
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return {"name": source, "bytes": size if path.exists() else None}
 
 
 def read_documents(
@@ -83,11 +89,11 @@ def read_documents(
     """(row, text) of a source; rows count from 1. The first ``skip`` rows are passed over."""
     path = Path(source)
     if path.is_file():
-        kind = path.name.lower()
-        if kind.endswith(TEXT):
+        name = path.name.lower()
+        if name.endswith(TEXT):
             rows: Iterator[tuple[int, Any]] = _text_file(path, problems)
-        elif kind.endswith(".parquet"):
-            rows = _parquet(path, text_key)
+        elif name.endswith(".parquet"):
+            rows = _parquet(path, text_key, problems, skip)
         else:
             rows = _jsonl(path, text_key, problems, skip)
     else:
@@ -96,7 +102,8 @@ def read_documents(
         if row <= skip:
             continue
         if not isinstance(text, str):
-            problems.add("text is no string", f"{source}, row {row}")
+            kind = "null" if text is None else type(text).__name__
+            problems.add("text is no string", f"{source}, row {row}", f" ({kind})")
         elif not text.strip():
             problems.add("empty text", f"{source}, row {row}")
         else:
@@ -105,6 +112,24 @@ def read_documents(
 
 def _readable(path: Path) -> bool:
     return path.name.lower().endswith((*JSONL, *TEXT, ".parquet"))
+
+
+def _only_split(path: Path) -> str:
+    """The folder of the one split of a saved DatasetDict; SaltireError if there are others."""
+    splits = sorted(p.parent for p in path.glob("*/dataset_info.json"))
+    if not splits:
+        raise SaltireError(f"{path} is a saved dataset without a split; save it again.")
+    if len(splits) > 1:
+        raise SaltireError(
+            f"{path} is a saved dataset of {len(splits)} splits. Choose one by its folder: "
+            f"{', '.join(map(str, splits))}."
+        )
+    return str(splits[0])
+
+
+def _cannot_read(place: str, error: Exception) -> NoReturn:
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    raise SaltireError(f"cannot read {place}: {reason}.") from None
 
 
 def _text_file(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
@@ -116,7 +141,7 @@ def _text_file(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         problems.add("broken UTF-8", str(path), f" (byte {error.start})")
     except OSError as error:
-        raise SaltireError(f"cannot read {path}: {error.strerror}.") from None
+        _cannot_read(str(path), error)
     else:
         yield 1, text
 
@@ -126,13 +151,11 @@ def _open(path: Path) -> BinaryIO:
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
         try:
-            import zstandard
+            import pyarrow
         except ImportError:
-            raise MissingExtraError("zstandard", "synth", f"reading {path}") from None
-        stream = zstandard.ZstdDecompressor().stream_reader(
-            path.open("rb"), read_across_frames=True
-        )
-        return io.BufferedReader(stream)
+            raise MissingExtraError("pyarrow", "synth", f"reading {path}") from None
+        # zstandard's reader takes a file that was cut off for one that ends; Arrow's refuses it.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 
@@ -159,15 +182,11 @@ def _jsonl(path: Path, text_key: str, problems: Problems, skip: int) -> Iterator
                     else:
                         keys = ", ".join(list(row)[:6]) if isinstance(row, dict) else "no object"
                         problems.add(f"no field {text_key!r}", place, f" (has: {keys})")
-    except (OSError, EOFError) as error:
-        raise SaltireError(f"cannot read {path} after line {number}: {error}.") from None
-    except Exception as error:
-        if type(error).__module__.startswith("zstandard"):
-            raise SaltireError(f"cannot read {path} after line {number}: {error}.") from None
-        raise
+    except (OSError, EOFError, zlib.error) as error:
+        _cannot_read(f"{path} after line {number}", error)
 
 
-def _parquet(path: Path, text_key: str) -> Iterator[tuple[int, Any]]:
+def _parquet(path: Path, text_key: str, problems: Problems, skip: int) -> Iterator[tuple[int, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -176,17 +195,33 @@ def _parquet(path: Path, text_key: str) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
+            schema = file.schema_arrow
+            if text_key not in schema.names:
                 raise SaltireError(
-                    f"{path} has no column {text_key!r}; it has "
-                    f"{', '.join(file.schema_arrow.names[:12])}. Name it with --text-key."
+                    f"{path} has no column {text_key!r}; it has {', '.join(schema.names[:12])}. "
+                    "Name it with --text-key."
+                )
+            found = schema.field(text_key).type
+            kind = found.value_type if pyarrow.types.is_dictionary(found) else found
+            if str(kind) not in ("string", "large_string", "string_view", "null"):
+                raise SaltireError(
+                    f"{path}: column {text_key!r} holds {found}; expected strings. Name another "
+                    "with --text-key."
                 )
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     number += 1
-                    yield number, text
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise SaltireError(f"cannot read {path} after row {number}: {error}.") from None
+                    if number <= skip:
+                        continue
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        place = f"{path}, row {number}"
+                        problems.add("broken UTF-8", place, f" (byte {error.start})")
+                    else:
+                        yield number, text
+    except (pyarrow.ArrowException, OSError) as error:
+        _cannot_read(f"{path} after row {number}", error)
 
 
 def _dataset(name: str, text_key: str) -> Iterator[tuple[int, Any]]:
@@ -209,10 +244,16 @@ def _dataset(name: str, text_key: str) -> Iterator[tuple[int, Any]]:
         raise SaltireError(
             f"{name!r} is neither a file nor a dataset that can be loaded: {reason}"
         ) from None
-    for number, row in enumerate(rows, 1):
-        if text_key not in row:
-            raise SaltireError(
-                f"{name}, row {number}: no column {text_key!r}; it has {', '.join(row)}. "
-                "Name it with --text-key."
-            )
-        yield number, row[text_key]
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            if text_key not in row:
+                raise SaltireError(
+                    f"{name}, row {number}: no column {text_key!r}; it has {', '.join(row)}. "
+                    "Name it with --text-key."
+                )
+            yield number, row[text_key]
+    except SaltireError:
+        raise
+    except Exception as error:  # of whatever builder, file system or decoder is behind the name
+        _cannot_read(f"{name} after row {number}", error)
