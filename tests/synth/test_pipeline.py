@@ -10,53 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from saltire.cli import build_app
 from saltire.errors import SaltireError
-from saltire.synth import SynthConfig, synthesise
+from saltire.synth import synthesise
 from saltire.synth.write import read_shard
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.synth.small_runs import corpus, digests, small
+from tests.tiny import tiny_tokenizer
 
 LONG = " ".join(f"long {i}" for i in range(150))
-WORDS = "river stone bridge water flows under over north south mill wheel grain bread oven"
-
-
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("scorer")
-    tiny_model("llama", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def corpus(path: Path, documents: int, seed: int = 0) -> Path:
-    rng = random.Random(seed)
-    rows = [" ".join(rng.choices(WORDS.split(), k=rng.randint(4, 12))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return path
-
-
-def small(scorer: str, **changes) -> SynthConfig:
-    values = {
-        "target_tokens": 400,
-        "encoder": "lexical",
-        "scorer": scorer,
-        "scorer_dtype": "float32",
-        "context_window": 24,
-        "score_window": 16,
-        "group_size": 5,
-        "samples_per_shard": 2,
-    }
-    return SynthConfig(**{**values, **changes})
-
-
-def digests(out: Path) -> dict[str, str]:
-    files = sorted(p for p in out.rglob("*") if p.is_file())
-    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl.zst", "dataset"])
@@ -180,12 +145,3 @@ def test_the_verb_writes_samples_and_a_page(tmp_path, scorer) -> None:
     assert missing.exit_code == 1
     assert isinstance(missing.exception, SaltireError)
     assert "none.jsonl" in str(missing.exception)
-
-
-@pytest.mark.slow
-def test_ray_writes_what_one_process_writes(tmp_path, scorer) -> None:
-    pytest.importorskip("ray")
-    source = str(corpus(tmp_path / "in.jsonl", 40))
-    synthesise([source], tmp_path / "one", small(scorer))
-    synthesise([source], tmp_path / "ray", small(scorer), engine="ray", workers=2)
-    assert digests(tmp_path / "one") == digests(tmp_path / "ray")

@@ -96,16 +96,19 @@ def _on_ray(job: Job, folder: str, numbers: Sequence[int], workers: int) -> Iter
     ray.data.DataContext.get_current().enable_progress_bars = False
     threads = _threads_of(workers)
 
-    def run(row: dict[str, int]) -> dict[str, int]:
+    def run(row: dict[str, int]) -> dict[str, int | str]:
         torch.set_num_threads(threads)
-        return {"item": _run(job, folder, int(row["item"]))}
+        refusal = ""
+        try:
+            job(folder, int(row["item"]))
+        except SaltireError as error:  # Ray Data would wrap it, and lose what it wraps on the way
+            refusal = str(error)
+        return {"item": row["item"], "refusal": refusal}
 
     rows = ray.data.from_items(
         [{"item": number} for number in numbers], override_num_blocks=len(numbers)
     )
-    try:
-        for row in rows.map(run, num_cpus=1).iter_rows():
-            yield int(row["item"])
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, SaltireError) else error from None
+    for row in rows.map(run, num_cpus=1).iter_rows():
+        if row["refusal"]:
+            raise SaltireError(row["refusal"])
+        yield int(row["item"])
