@@ -41,6 +41,14 @@ def test_lines_that_cannot_be_read_are_counted_with_their_places(tmp_path: Path)
         read(path, strict=True)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", b'{"text": "one"}\n'), ("a.txt", b"one")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        rows, problems = read(tmp_path / name)
+        assert rows == [(1, "one")]
+        assert not problems.counts
+
+
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     texts = ["first", "zweite ß", "third\nwith lines"]
     data = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()

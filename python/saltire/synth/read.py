@@ -137,7 +137,7 @@ def _text_file(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
         problems.add("longer than 64 MB", str(path))
         return
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problems.add("broken UTF-8", str(path), f" (byte {error.start})")
     except OSError as error:
@@ -171,7 +171,7 @@ def _jsonl(path: Path, text_key: str, problems: Problems, skip: int) -> Iterator
                 if number <= skip or not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     problems.add("broken UTF-8", place, f" (byte {error.start})")
                 except (json.JSONDecodeError, RecursionError) as error:
