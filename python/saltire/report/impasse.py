@@ -37,8 +37,8 @@ def plot_toys(runs: Mapping[str, Sequence[ToyRun]], path: Path) -> None:
     toy = next(iter(runs.values()))[0].toy
     shares.set(xlabel="step", ylabel=f"share of “{toy.stuck}”", ylim=(-0.03, 1.03))
     norms.set(xlabel="step", ylabel="norm of the gradient")
-    shares.legend(frameon=False)
     figure.suptitle(toy.name)
+    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     pyplot.close(figure)
