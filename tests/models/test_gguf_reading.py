@@ -7,8 +7,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from saltire.models.gguf_reading import reading_gguf_once
+from saltire.models.loading import load_model
 
 
 def small_file(path: Path) -> Path:
@@ -51,3 +53,13 @@ def test_the_library_is_as_before_afterwards_even_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+@torch.no_grad()
+def test_the_default_model_is_saved_and_read_as_an_ordinary_one(tmp_path: Path) -> None:
+    model, tokenizer = load_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_model(tmp_path, dtype=torch.bfloat16)
+    tokens = torch.arange(100, 108)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -56,7 +56,23 @@ def load_model(
             f"{spec} lacks {len(names)} tensors of its model, among them {names[0]}. "
             "The checkpoint is incomplete; save or fetch it again."
         )
+    if "gguf_file" in options:
+        _forget_gguf(model)
     return model.eval(), tokenizer
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model whose weights are plain floats be saved as one: transformers (5.24) goes on to
+    call it quantised, and refuses."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "_weight_conversions"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
 
 
 def _cannot_load(what: str, spec: str | Path, options: Mapping[str, Any], error: Exception) -> str:
