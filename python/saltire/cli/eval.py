@@ -49,31 +49,8 @@ def measure(
     import torch
 
     from saltire.models.loading import load_model
-    from saltire.quant.evaluate import measure_speed, perplexity
-    from saltire.quant.texts import evaluation_tokens
+    from saltire.quant.evaluate import measured
 
     loaded, tokenizer = load_model(model, dtype=getattr(torch, dtype))
-    tokens = evaluation_tokens(text, tokenizer, windows=windows, length=length)
-    result = perplexity(loaded, tokens)
-    facts: dict[str, Any] = {
-        "model": model,
-        "dtype": dtype,
-        "text": text,
-        "perplexity": result.value,
-        "nll": result.nll,
-        "tokens": result.tokens,
-        "megabytes": _megabytes(loaded),
-    }
-    if speed:
-        timing = measure_speed(loaded, tokens.flatten()[:512])
-        facts |= {
-            "prefill_tok_s": timing.prefill,
-            "decode_tok_s": timing.decode,
-            "decode_spread": timing.decode_spread,
-        }
-    return facts
-
-
-def _megabytes(model: Any) -> float:
-    """Bytes of the tensors that a checkpoint holds, a tied one once, in MB of 10^6."""
-    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) / 1e6
+    facts = measured(loaded, tokenizer, text, windows, length, speed)
+    return {"model": model, "dtype": dtype, "text": text, **facts}

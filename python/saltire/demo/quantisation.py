@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ from saltire.demo.stage import Stage, fresh_process
 from saltire.models.loading import load_model
 from saltire.models.saving import save_checkpoint
 from saltire.quant import quantize
+from saltire.quant.evaluate import measured
 from saltire.quant.texts import calibration_tokens
 
 RECIPES = ("w4a8", "w4a4", "w2a4-g64")
-MEASURE = ("--windows", "4", "--speed")  # 4,096 tokens: enough to tell the rows apart
+WINDOWS = 4  # 4,096 tokens: enough to tell the rows apart
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def run(folder: Path, console: Console) -> dict[str, Any]:
     """Quantise, save, reload in fresh processes, measure, generate."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
-        console.print(f"measuring {name}")
-        rows[name] = fresh_process("eval", "default", "--dtype", dtype, *MEASURE)
-    console.print("the model writes its own calibration text")
     model, tokenizer = load_model()
+    for name in ("fp32", "bf16"):
+        console.print(f"measuring {name}")
+        present = model if name == "fp32" else copy.deepcopy(model).bfloat16()
+        rows[name] = measured(present, tokenizer, "pydoc", WINDOWS, 1024, speed=True)
+    console.print("the model writes its own calibration text")
     tokens = calibration_tokens("self", model, tokenizer, samples=8)
     for recipe in RECIPES:
         console.print(f"quantising to {recipe}, saving, measuring in a fresh process")
@@ -37,7 +40,7 @@ def run(folder: Path, console: Console) -> dict[str, Any]:
         out = folder / recipe
         size = save_checkpoint(model, tokenizer, out)
         model = None  # the next recipe starts from the original
-        rows[recipe] = fresh_process("eval", str(out), *MEASURE)
+        rows[recipe] = fresh_process("eval", str(out), "--windows", str(WINDOWS), "--speed")
         rows[recipe]["megabytes"] = size / 1e6
     console.print(table(rows))
     console.print(

@@ -15,9 +15,10 @@ from saltire.errors import SaltireError
 from saltire.models.cache_argument import cache_argument
 from saltire.progress import track
 from saltire.quant.float32_sums import float32_sums
+from saltire.quant.texts import evaluation_tokens
 
 LOGIT_CHUNK = 256  # tokens whose logits are turned into float32 log-probabilities at once
-PATIENCE = 20.0  # seconds after which a timing begins no other run
+PATIENCE = 10.0  # seconds after which a timing begins no other run
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure_speed(
 
     prompt: int64 [T]. Prefill counts T tokens over one forward that gives the last logits; decode
     counts tokens one by one. One warm-up run, then medians over ``repeats`` runs, or over
-    fewer once 20 s are spent.
+    fewer once 10 s are spent.
     """
     begin = time.perf_counter()
     prompt, cache = prompt[None].to(model.device), cache_argument(model)
@@ -100,3 +101,30 @@ def measure_speed(
         decode=1.0 / middle,
         decode_spread=(high - low) / middle,
     )
+
+
+def measured(
+    model: Any, tokenizer: Any, text: str, windows: int, length: int, speed: bool
+) -> dict[str, float]:
+    """What ``saltire eval`` tells of a model: perplexity of windows of a text, megabytes, speed."""
+    tokens = evaluation_tokens(text, tokenizer, windows=windows, length=length)
+    result = perplexity(model, tokens)
+    facts: dict[str, float] = {
+        "perplexity": result.value,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "megabytes": megabytes(model),
+    }
+    if speed:
+        timing = measure_speed(model, tokens.flatten()[:512])
+        facts |= {
+            "prefill_tok_s": timing.prefill,
+            "decode_tok_s": timing.decode,
+            "decode_spread": timing.decode_spread,
+        }
+    return facts
+
+
+def megabytes(model: Any) -> float:
+    """Bytes of the tensors that a checkpoint holds, a tied one once, in MB of 10^6."""
+    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values()) / 1e6
