@@ -1,6 +1,5 @@
 // Products with weights as the checkpoint has them, row-major [N, K], in f32, bf16 or f16.
 #pragma once
-
 #include "core/cpu/vector16.h"
 #include "decoder_layer/ahead.h"
 #include "decoder_layer/dense_avx2.h"

@@ -37,9 +37,6 @@ void check_order(const char* op, const int64_t* order, int64_t K) {
 
 Tensor gptq_round(Tensor w, Tensor order, Tensor lower, Tensor scale, Tensor zero, int64_t bits) {
   constexpr const char* kOp = "gptq_round";
-  check_cpu(kOp, "w", w);
-  check_dim(kOp, "w", w, 2);
-  const int64_t N = w.size(0), K = w.size(1);
   SALTIRE_CHECK(bits >= 1 && bits <= 8, kOp, ": bits = ", bits, "; expected 1 to 8.");
   const auto checked = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t dims) {
     check_cpu(kOp, name, t);
@@ -48,11 +45,12 @@ Tensor gptq_round(Tensor w, Tensor order, Tensor lower, Tensor scale, Tensor zer
     return as_contiguous(t);
   };
   const Tensor weights = checked("w", w, ScalarType::Float, 2);
+  const int64_t N = w.size(0), K = w.size(1);
   const Tensor columns = checked("order", order, ScalarType::Long, 1);
   check_size(kOp, "order", order, 0, K, "the columns of w");
-  const Tensor factor = checked("lower", lower, ScalarType::Float, 2);
+  const Tensor factor = checked("factor", lower, ScalarType::Float, 2);
   for (int64_t dim = 0; dim < 2; ++dim) {
-    check_size(kOp, "lower", lower, dim, K, "the columns of w");
+    check_size(kOp, "factor", lower, dim, K, "the columns of w");
   }
   const Tensor scales = checked("scale", scale, ScalarType::Float, 2);
   check_size(kOp, "scale", scale, 0, N, "the rows of w");

@@ -61,6 +61,8 @@ def test_the_decoder_gives_what_transformers_gives(architecture, low_rank, isa: 
         exact = model(torch.tensor([tokens]), use_cache=False).logits[0, 16:]
         logits = decode_all(decoder, 17, tokens)
         assert (logits - exact).norm() / exact.norm() < 0.02
+        if seed == 0:
+            assert (logits - exact).abs().median() < 1e-4
         equal.append((logits - exact).abs().amax(1) < 1e-4)
     assert torch.cat(equal).float().mean() > 0.5
 

@@ -48,11 +48,15 @@ class Adapter:
     norm_path: str = "model.norm"
     head_path: str = "lm_head"
     value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
     parts: tuple[Part, ...] = (
         Part("self_attn", "self_attn.o_proj", gives_weights=True),
         Part("mlp", "mlp.down_proj"),
     )
+
+    @property
+    def output(self) -> str:
+        """The linear that mixes the heads' values: the end of attention."""
+        return self.parts[0].end
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order."""

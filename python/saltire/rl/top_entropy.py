@@ -24,8 +24,10 @@ def on_top_entropy(advantage: Tensor, entropy: Tensor, action: Tensor, share: fl
     if not 0 < share <= 1:
         raise SaltireError(f"top_entropy is {share}; it must be above 0 and at most 1.")
     spread = advantage[:, None] * action
+    if share == 1:
+        return spread
     everyones = torch.tensor(gather(entropy[action].tolist()), dtype=entropy.dtype)
-    if share == 1 or not len(everyones):
+    if not len(everyones):
         return spread
     kept = everyones[top_entropy_mask(everyones, share)]
     chosen = action & (entropy >= kept.min().to(entropy.device))
