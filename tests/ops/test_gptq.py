@@ -44,6 +44,19 @@ def test_every_instruction_set_gives_the_codes_of_ref(isa, N, K, groups, bits) -
         assert torch.equal(codes, ops.gptq_round(*arguments))
 
 
+def test_every_step_is_rounded_as_the_instruction_sets_agreed(isa) -> None:
+    """A factor so strong that one last bit changes all that follows in its row."""
+    g = torch.Generator().manual_seed(1)
+    N, K = 512, 512
+    w = torch.randn(N, K, generator=g) * 30
+    factor = (0.3 * torch.randn(K, K, generator=g)).triu(1) + torch.eye(K)
+    scale, zero = torch.ones(N, 1), torch.full((N, 1), 128.0)
+    arguments = (w, torch.arange(K), factor, scale, zero, 8)
+    codes = ops.gptq_round(*arguments)
+    with ops.force_isa("ref"):
+        assert torch.equal(codes, ops.gptq_round(*arguments))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("N", "K", "groups", "bits"), [(24, 96, 1, 4), (24, 96, 3, 2), (5, 33, 1, 3)]

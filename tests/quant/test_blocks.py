@@ -9,6 +9,7 @@ from saltire.models.adapters import adapter_for
 from saltire.quant import RECIPES
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.layer import quantize_group
+from saltire.quant.learning.stages import turn_values
 from tests.tiny import random_tokens, tiny_model
 
 
@@ -41,6 +42,24 @@ def test_what_is_kept_of_a_block_is_what_computing_it_again_gives(architecture, 
             runner.advance(block)
         inputs.append(runner.hidden.all().clone())
         seen.append(inputs)
+    assert all(torch.equal(kept, again) for kept, again in zip(*seen, strict=True))
+
+
+@torch.no_grad()
+def test_what_is_kept_goes_when_its_block_changes_or_is_left() -> None:
+    seen: list[list[torch.Tensor]] = []
+    for kind in (BlockRunner, Recomputing):
+        model = tiny_model("llama", num_hidden_layers=3)
+        adapter = adapter_for(model.config)
+        first, second, third = adapter.blocks(model)
+        runner = kind(model, adapter, random_tokens(model, 4, 24), 2)
+        turn_values(runner, first, adapter)
+        runner.advance(first)  # with the turned values
+        found = [runner.hidden.all().clone()]
+        found.append(runner.inputs_of(second, "mlp.down_proj").clone())  # its own attention
+        runner.advance(second)
+        runner.advance(third)  # nothing was asked of it
+        seen.append([*found, runner.hidden.all().clone()])
     assert all(torch.equal(kept, again) for kept, again in zip(*seen, strict=True))
 
 

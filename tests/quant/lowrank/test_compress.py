@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from saltire.errors import SaltireError
@@ -16,6 +17,7 @@ from saltire.nn.linear_format import FactoredFormat, LinearFormat, read_format
 from saltire.nn.quant_embedding import QuantEmbedding
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import RECIPES, quantize
+from saltire.quant.lowrank import residual
 from saltire.quant.lowrank.compress import kept_whole
 from saltire.quant.recipe import LowRank
 from tests.tiny import random_tokens, tiny_model
@@ -164,3 +166,22 @@ def test_a_factored_format_survives_its_dict_and_refuses_others() -> None:
 def test_impossible_settings_are_refused(values, message) -> None:
     with pytest.raises(SaltireError, match=message):
         LowRank(**{"kind": "factored", "share": 0.8, **values})
+
+
+@torch.no_grad()
+def test_a_branch_knows_what_its_weight_lost(monkeypatch) -> None:
+    """More turns of weight and branch leave less error, and the branch is what was fitted last."""
+    x = torch.randn(600, 64) @ (torch.randn(64, 64) / 8 + torch.eye(64))
+    recipe = replace(RECIPES["w2a8"], low_rank=LowRank("residual", 0.9, branch_bits=16))
+
+    def error(turns: int) -> float:
+        monkeypatch.setattr(residual, "TURNS", turns)
+        torch.manual_seed(5)
+        parent = nn.ModuleDict({"a": nn.Linear(64, 96, bias=False)})
+        want = parent["a"](x)
+        residual.residual_group(parent, ("a",), x, recipe, {"a": 16})
+        return float((parent["a"](x) - want).norm() / want.norm())
+
+    errors = [error(turns) for turns in (1, 2, 3)]
+    assert errors[2] < 0.97 * errors[0]
+    assert errors[1] < errors[0]
