@@ -2,7 +2,8 @@
 
 Every method compresses the linears of the blocks under one budget of bytes, a share of what they
 take at W4 per channel; the head, the embedding and the norms stay as they are. Methods of a table
-have the same ranks. W4A4 in the factors; W2A8 for Q + LR, against W2A8 in finer groups.
+have the same ranks. W4A4 in the factors, W8A8 where the share is above 1; W2A8 for Q + LR, against
+W2A8 in finer groups.
 
 Keys of the last line, at the share named (0.8 where none is): dam_vs_naive_gap (<= 0.6), the
 perplexity that quantising costs over the unquantised low-rank model, DAM with its rotation over the
@@ -13,7 +14,8 @@ factored_vs_dense_time (<= 0.65), the larger of _m1 and _m512, K = N = 4096, ran
 learned_seconds (<= 900), the whole model with a learned diagonal; learned_spread, over 5 seeds, of
 the held-out loss relative to its mean, the largest of three layers. --quick: one budget, half the
 tokens; the same method.
---parts: some of the tables only. A row goes to the CSV as soon as it is measured.
+--parts: some of the tables only; --shares: some of the budgets of the factored one. A row goes to
+the CSV as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import json
 import os
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -71,17 +73,23 @@ class Bench:
         self.test = evaluation_tokens(test, tokenizer, windows=windows, length=1024)
         self.adapter = adapter_for(model.config)
 
-    @cached_property
+    @functools.cached_property
     def fp32(self) -> float:
         return perplexity(load_model()[0], self.test).value
 
-    @cached_property
+    @functools.cached_property
     def layers(self) -> dict[str, LayerSpectrum]:
         return spectra(load_model()[0], self.adapter, self.tokens, 2)
 
     @property
     def w4(self) -> int:
         return sum(layer.w4_bytes() for layer in self.layers.values())
+
+    @functools.cache  # noqa: B019 (one bench a process)
+    def whole(self, name: str) -> float:
+        """Perplexity of a recipe without any low rank."""
+        recipe = replace(RECIPES[name], head_bits=16)
+        return self.measure(f"{name}, whole", recipe.weight_bits / 4, recipe, {})
 
     @torch.no_grad()
     def measure(self, name: str, share: float, recipe: Recipe | None, ranks: Ranks) -> float:
@@ -137,16 +145,18 @@ def truncate_group(
 
 
 def factored_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
-    """L -> Q in every split, Q -> L, at one budget."""
-    ranks = allocate(bench.layers, share, 4)
+    """L -> Q in every split, Q -> L, at one budget, beside the whole weights in as many bits."""
+    name = "w8a8" if share > 1 else "w4a4"
+    base = replace(RECIPES[name], head_bits=16)
+    ranks = allocate(bench.layers, share, base.weight_bits)
     whole = sum(rank is None for rank in ranks.values())
     print(f"share {share}: {whole} of {len(ranks)} linears are kept whole")
-    base = replace(RECIPES["w4a4"], head=False)
 
     def run(name: str, gauge: str, first: bool = False) -> float:
         low_rank = LowRank("factored", share, gauge, quantise_first=first)  # type: ignore[arg-type]
         return bench.measure(name, share, replace(base, low_rank=low_rank), ranks)
 
+    bench.whole(name)
     low = bench.measure("low rank, not quantised", share, None, ranks)
     naive = run("L->Q naive, U|ΣV turned: Σ in the first factor", "down")
     first = run("Q->L naive", "down", first=True)
@@ -170,7 +180,7 @@ def factored_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
 
 def residual_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
     """W2A8 with a branch, its factors plain or through DAM, against W2A8 in groups of 64."""
-    grouped = replace(RECIPES["w2a8-g64"], head=False)
+    grouped = replace(RECIPES["w2a8-g64"], head_bits=16)
     scales = {n: layer.N * (layer.K // 64) * 2 for n, layer in bench.layers.items()}
     codes = sum(layer.N * layer.K // 4 for layer in bench.layers.values())
     equal = (codes + sum(scales.values())) / bench.w4
@@ -180,7 +190,7 @@ def residual_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
         ranks = branch_ranks(bench.layers, at, 2, 4, 0)
         for gauge in ("down", "hadamard"):
             low_rank = LowRank("residual", at, gauge)  # type: ignore[arg-type]
-            recipe = replace(RECIPES["w2a8"], head=False, low_rank=low_rank)
+            recipe = replace(RECIPES["w2a8"], head_bits=16, low_rank=low_rank)
             values[at, gauge] = bench.measure(f"W2A8 + LR, {gauge}", at, recipe, ranks)
         if quick:
             break
@@ -268,10 +278,13 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("SALTIRE_DATA"), help="folder of data")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", default=",".join(PARTS), help="some of the tables only")
+    parser.add_argument("--shares", help="of W4's bytes, of the factored table: 0.6,0.4,1.6")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts {options.parts}; expected some of {','.join(PARTS)}")
+    chosen = options.shares or ("0.8" if options.quick else "0.8,0.6,0.4,1.6")
+    shares = [float(share) for share in chosen.split(",")]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     stamp: dict[str, object] = {
@@ -289,7 +302,7 @@ def main() -> None:
         bench = Bench(Path(options.data) / "wikitext-2" if options.data else None, stamp)
         if "residual" in parts:
             keys |= residual_table(bench, 0.8, options.quick)
-        for share in (0.8,) if options.quick else (0.8, 0.6, 0.4):
+        for share in shares:
             if "factored" in parts:
                 keys |= factored_table(bench, share, options.quick)
         if "seeds" in parts:

@@ -55,19 +55,19 @@ def headline(size: Size) -> Iterator[tuple[str, Recipe]]:
     end_to_end = Learning(epochs=size.epochs)
     by_groups = Learning(group_steps=size.group_steps)
     for name in ("w4a4", "w2a4-g64"):
-        base = replace(RECIPES[name], head=False)
+        base = replace(RECIPES[name], head_bits=16)
         yield f"{name} kronecker", replace(base, transform="kronecker", learning=by_groups)
         yield f"{name} bdq normal", replace(base, learning=end_to_end)
-    base = replace(RECIPES["w4a4"], head=False)
+    base = replace(RECIPES["w4a4"], head_bits=16)
     yield "w4a4 hadamard", replace(base, transform="hadamard")
     yield "w4a4 bdq fast", base
-    yield "w4a8 bdq fast", replace(RECIPES["w4a8"], head=False)
+    yield "w4a8 bdq fast", replace(RECIPES["w4a8"], head_bits=16)
     yield "w4a4kv4 bdq normal", replace(base, kv_bits=4, learning=end_to_end)
 
 
 def ablations(size: Size) -> Iterator[tuple[str, Recipe]]:
     """W4A4 with one part less, or another loss; and the peer with BDQ's last step."""
-    base = replace(RECIPES["w4a4"], head=False)
+    base = replace(RECIPES["w4a4"], head_bits=16)
     learning = Learning(epochs=size.epochs)
     learned = replace(base, learning=learning)
     both = replace(learning, group_steps=size.group_steps)
@@ -80,7 +80,7 @@ def ablations(size: Size) -> Iterator[tuple[str, Recipe]]:
     yield "RCE as printed", replace(learned, learning=replace(learning, loss="rce-printed"))
     yield "MSE of logits", replace(learned, learning=replace(learning, loss="mse"))
     yield "kronecker, end to end", replace(base, transform="kronecker", learning=both)
-    yield "w2a4 per channel", replace(RECIPES["w2a4"], head=False, learning=learning)
+    yield "w2a4 per channel", replace(RECIPES["w2a4"], head_bits=16, learning=learning)
 
 
 def measure(recipe: Recipe, calibration: Tensor, test: Tensor, seed: int) -> tuple[float, float]:

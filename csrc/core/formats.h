@@ -9,11 +9,12 @@
 //
 // Weights: unsigned codes u in [0, 2^bits), w = scale * (u - zero), scale and zero per output
 // channel (G = K) or per group of G inputs. Without zero points (symmetric) the zero is the middle:
-//   4 bits: 8      3 bits: 4 (in a 4-bit container)      2 bits: 1.5, so the levels are ±0.5, ±1.5
+//   8 bits: 128    4 bits: 8    3 bits: 4 (in a 4-bit container)    2 bits: 1.5: levels ±0.5, ±1.5
 //
 // Checkpoint layout of the codes, the same for every processor: uint8 [N, K * container / 8],
 // row-major, lowest bits first.
 //
+//   8-bit container, byte j:   the code of k = j
 //   4-bit container, byte j:   bits 7..4 = code of k = 2j+1   bits 3..0 = code of k = 2j
 //   2-bit container, byte j:   7..6 k=4j+3 · 5..4 k=4j+2 · 3..2 k=4j+1 · 1..0 k=4j
 //   Worked byte: 4-bit codes 9 (k=0) and 3 (k=1) make 0x39; 2-bit codes 1, 2, 3, 0 make 0b00111001.
@@ -21,6 +22,11 @@
 #include <cstdint>
 
 namespace saltire {
+
+// The widths that weight codes may have.
+constexpr bool are_weight_bits(int64_t bits) {
+  return (bits >= 2 && bits <= 4) || bits == 8;
+}
 
 // Bits that a weight code occupies in memory: 3-bit codes live in 4-bit containers, so that no code
 // crosses a byte.

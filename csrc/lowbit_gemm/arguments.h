@@ -7,16 +7,17 @@
 namespace saltire::lowbit_gemm {
 
 inline void check_bits(const char* op, int64_t bits) {
-  SALTIRE_CHECK(bits >= 2 && bits <= 4, op, ": bits = ", bits,
-                "; weights have 2, 3 or 4 bits. Choose one of them.");
+  SALTIRE_CHECK(are_weight_bits(bits), op, ": bits = ", bits,
+                "; weights have 2, 3, 4 or 8 bits. Choose one of them.");
 }
 
-inline void check_group(const char* op, int64_t k, int64_t group) {
+inline void check_group(const char* op, int64_t k, int64_t group, int64_t bits) {
   SALTIRE_CHECK(k >= kKMultiple && k % kKMultiple == 0, op, ": K = ", k, " is not a multiple of ",
                 kKMultiple, ". Pad the inputs to K = ", (k / kKMultiple + 1) * kKMultiple,
                 " with codes of the zero point.");
-  SALTIRE_CHECK(k <= kMaxK, op, ": K = ", k, "; sums of products are exact only up to K = ", kMaxK,
-                ". Split the inputs.");
+  const int64_t most = max_k(static_cast<int>(bits));
+  SALTIRE_CHECK(k <= most, op, ": K = ", k, "; sums of products with ", bits,
+                "-bit weights are exact only up to K = ", most, ". Split the inputs.");
   SALTIRE_CHECK(group == 0 || (group > 0 && group % kKMultiple == 0 && k % group == 0), op,
                 ": group = ", group, " with K = ", k,
                 "; expected 0 (per channel) or a multiple of ", kKMultiple, " that divides K.");
@@ -64,7 +65,7 @@ inline Checkpoint check_checkpoint(const char* op, const Tensor& packed, const T
   const int64_t n = packed.size(0);
   const int64_t k = packed.size(1) * (8 / container_bits(static_cast<int>(bits)));
   SALTIRE_CHECK(n >= 1, op, ": packed is ", describe(packed), "; N must be at least 1.");
-  check_group(op, k, group);
+  check_group(op, k, group, bits);
   const int64_t G = group == 0 ? k : group;
   const Float table = table_type(op, "scale", scale.scalar_type(), scale);
   check_size(op, "scale", scale, 0, n, "N");
@@ -87,12 +88,13 @@ inline Checkpoint check_checkpoint(const char* op, const Tensor& packed, const T
 }
 
 // The sizes that the weight is held against, before all else that depends on them.
-inline void check_codes(const char* op, const Tensor& codes, int64_t group, int64_t act_bits) {
+inline void check_codes(const char* op, const Tensor& codes, int64_t bits, int64_t group,
+                        int64_t act_bits) {
   SALTIRE_CHECK(act_bits >= 3 && act_bits <= 8, op, ": act_bits = ", act_bits,
                 "; activations have 3 to 8 bits. Choose one of them.");
   check_dtype(op, "codes", codes, ScalarType::Char);
   check_dim(op, "codes", codes, 2);
-  check_group(op, codes.size(1), group);
+  check_group(op, codes.size(1), group, bits);
 }
 
 // What lowbit_gemm gets beside the weight, contiguous; after check_codes.

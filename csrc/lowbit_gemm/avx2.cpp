@@ -1,7 +1,8 @@
 // The product with AVX2. vpmaddubsw adds two products u8·s8 into 16 bits, and small operands leave
 // room to add many such pairs in 16 bits before widening: 2·15·8 = 240 for 4-bit weights and
 // activations, so 136 pairs fit into 32767. That drops the widening multiply of the usual 8-bit
-// loop from every step, and its saturation cannot happen.
+// loop from every step, and its saturation cannot happen. 8-bit weights leave no such room: even
+// and odd inputs are widened to 16 bits and multiplied there.
 #include <immintrin.h>
 
 #include <utility>
@@ -33,9 +34,13 @@ SALTIRE_INLINE __m256i unpack(__m256i line) {
   return _mm256_and_si256(q == 0 ? line : _mm256_srli_epi16(line, q * container), mask);
 }
 
+// Steps of 8-bit codes between the passes over a step's two lines: 8 KB, which stay in L1.
+constexpr int64_t kStepsOfBytes = 64;
+
 // Steps of codes whose products can be added in 16 bits: 32767 over the largest pair, times the
 // quads of a step.
 int64_t steps_in_16_bits(const Gemm& gemm) {
+  if (gemm.layout.bits == 8) return kStepsOfBytes;
   const int64_t largest_weight = (1 << container_bits(gemm.layout.bits)) - 1;
   const int64_t largest_pair = 2 * largest_weight * (int64_t{1} << (gemm.act_bits - 1));
   return 32767 / largest_pair / (gemm.layout.step_k() / 4);
@@ -70,6 +75,45 @@ SALTIRE_INLINE void multiply_quad(const uint8_t* w, const int8_t* x, Sums<sizeof
   (multiply_row(sum[r], w0, w1, x + 4 * (q * static_cast<int>(sizeof...(r)) + r)), ...);
 }
 
+// As multiply_half, for weights of 8 bits: a line is 16 outputs x 4 inputs, multiplied as pairs of
+// inputs 0 and 2, then 1 and 3, which vpmaddwd adds into 32 bits.
+struct Bytes {
+  __m256i even, odd;
+};
+
+SALTIRE_INLINE void add_bytes(__m256i& sum, const Bytes& w, const Bytes& x) {
+  const __m256i products =
+      _mm256_add_epi32(_mm256_madd_epi16(w.even, x.even), _mm256_madd_epi16(w.odd, x.odd));
+  sum = _mm256_add_epi32(sum, products);
+}
+
+SALTIRE_INLINE void multiply_row_of_bytes(__m256i (&sum)[2], const Bytes& w0, const Bytes& w1,
+                                          const int8_t* x) {
+  const __m256i quad = broadcast_quad(x);
+  const Bytes wide = {_mm256_srai_epi16(_mm256_slli_epi16(quad, 8), 8), _mm256_srai_epi16(quad, 8)};
+  add_bytes(sum[0], w0, wide);
+  add_bytes(sum[1], w1, wide);
+}
+
+SALTIRE_INLINE Bytes widen_bytes(__m256i line) {
+  return {_mm256_and_si256(line, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(line, 8)};
+}
+
+template <int... r>
+SALTIRE_INLINE void multiply_half_of_bytes(const uint8_t* w, const int8_t* x, int64_t steps,
+                                           __m256i* dot, Rows<r...>) {
+  constexpr int rows = sizeof...(r);
+  Sums<rows> sum;
+  ((sum[r][0] = dot[4 * r], sum[r][1] = dot[4 * r + 1]), ...);
+  for (const uint8_t* const end = w + steps * 2 * kLine; w != end; w += 2 * kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch), _MM_HINT_T0);
+    const Bytes w0 = widen_bytes(load(w)), w1 = widen_bytes(load(w + 32));
+    (multiply_row_of_bytes(sum[r], w0, w1, x + 4 * r), ...);
+    x += rows * 4;
+  }
+  ((dot[4 * r] = sum[r][0], dot[4 * r + 1] = sum[r][1]), ...);
+}
+
 SALTIRE_INLINE void widen(const __m256i (&sum)[2], __m256i* dot) {
   const __m256i ones = _mm256_set1_epi16(1);
   dot[0] = _mm256_add_epi32(dot[0], _mm256_madd_epi16(sum[0], ones));
@@ -80,6 +124,7 @@ SALTIRE_INLINE void widen(const __m256i (&sum)[2], __m256i* dot) {
 template <int bits, int... r>
 SALTIRE_INLINE void multiply_half(const uint8_t* w, const int8_t* x, int64_t steps, __m256i* dot,
                                   Rows<r...> all) {
+  if constexpr (bits == 8) return multiply_half_of_bytes(w, x, steps, dot, all);
   constexpr int rows = sizeof...(r);
   Sums<rows> sum;
   ((sum[r][0] = sum[r][1] = _mm256_setzero_si256()), ...);
@@ -91,7 +136,7 @@ SALTIRE_INLINE void multiply_half(const uint8_t* w, const int8_t* x, int64_t ste
       multiply_quad<bits, 2>(w, x, sum, all);
       multiply_quad<bits, 3>(w, x, sum, all);
     }
-    x += rows * (bits == 2 ? 16 : 8);
+    x += rows * step_inputs(bits);
   }
   (widen(sum[r], dot + 4 * r), ...);
 }
@@ -114,8 +159,9 @@ void multiply_tile(const Gemm& gemm, int64_t tile, int64_t block, int64_t most_s
   alignas(32) float acc[rows][kBlock] = {};
   for (int64_t g = 0; g < layout.groups(); ++g, shift += rows) {
     __m256i dot[rows][4];
-    for (auto& row : dot) {
-      for (auto& quarter : row) quarter = _mm256_setzero_si256();
+    for (int r = 0; r < rows; ++r) {
+      const int32_t first = -sum_centre(bits) * static_cast<int32_t>(shift[r]);
+      for (auto& quarter : dot[r]) quarter = _mm256_set1_epi32(first);
     }
     for (int64_t done = 0; done < group_steps;) {
       const int64_t left = group_steps - done;
@@ -131,13 +177,16 @@ void multiply_tile(const Gemm& gemm, int64_t tile, int64_t block, int64_t most_s
     asm volatile("" : : "r"(dot), "r"(acc) : "memory");
     for (int quarter = 0; quarter < 4; ++quarter) {
       const __m256 scale = table(layout, w, quarter);
+      const __m256 centre = _mm256_set1_ps(static_cast<float>(sum_centre(bits)));
       const __m256 zero =
-          layout.has_zero ? table(layout, w + layout.table_bytes(), quarter) : _mm256_setzero_ps();
+          layout.has_zero ? _mm256_sub_ps(table(layout, w + layout.table_bytes(), quarter), centre)
+                          : _mm256_setzero_ps();
       for (int r = 0; r < rows; ++r) {
         const __m256 value = _mm256_cvtepi32_ps(dot[r][quarter]);
         const __m256 offset = _mm256_set1_ps(shift[r]);
-        const __m256 t =
-            layout.has_zero ? _mm256_fnmadd_ps(zero, offset, value) : _mm256_sub_ps(value, offset);
+        const __m256 t = layout.has_zero         ? _mm256_fnmadd_ps(zero, offset, value)
+                         : sum_centre(bits) != 0 ? value
+                                                 : _mm256_sub_ps(value, offset);
         float* at = acc[r] + quarter * 8;
         _mm256_store_ps(at, _mm256_fmadd_ps(scale, t, _mm256_load_ps(at)));
       }
@@ -164,7 +213,9 @@ void gemm_avx2(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t
   for (int64_t block = block_begin; block < block_end; ++block) {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t rows = gemm.tiles.begin(tile + 1) - gemm.tiles.begin(tile);
-      const TileKernel kernel = gemm.layout.bits == 2 ? tile_kernel<2>(rows) : tile_kernel<4>(rows);
+      const TileKernel kernel = gemm.layout.bits == 8   ? tile_kernel<8>(rows)
+                                : gemm.layout.bits == 2 ? tile_kernel<2>(rows)
+                                                        : tile_kernel<4>(rows);
       kernel(gemm, tile, block, most_steps);
     }
   }

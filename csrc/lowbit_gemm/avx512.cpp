@@ -17,15 +17,10 @@ namespace {
 // core takes some 2 KB from DRAM. Measured: 1 to 4 KB are alike, 512 bytes and none are slower.
 constexpr int64_t kPrefetch = 2048;
 
-SALTIRE_INLINE __m512i broadcast_quad(const int8_t* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, sizeof(quad));
-  return _mm512_set1_epi32(quad);
-}
-
 // Codes of quad q of a line: each byte holds the codes of several quads, the first lowest.
 template <int bits, int q>
 SALTIRE_INLINE __m512i unpack(__m512i line) {
+  if constexpr (bits == 8) return line;
   constexpr int container = bits == 2 ? 2 : 4;
   const __m512i mask = _mm512_set1_epi8((1 << container) - 1);
   return _mm512_and_si512(q == 0 ? line : _mm512_srli_epi16(line, q * container), mask);
@@ -40,9 +35,16 @@ using Sums = __m512i[rows][2];
 template <int... r>
 using Rows = std::integer_sequence<int, r...>;
 
-template <int... r>
-SALTIRE_INLINE void clear(Sums<sizeof...(r)>& sum, Rows<r...>) {
-  ((sum[r][0] = sum[r][1] = _mm512_setzero_si512()), ...);
+// What a row's sums of a group begin with.
+template <int bits>
+SALTIRE_INLINE __m512i first_sum(float shift) {
+  if constexpr (sum_centre(bits) == 0) return _mm512_setzero_si512();
+  return _mm512_set1_epi32(-sum_centre(bits) * static_cast<int32_t>(shift));
+}
+
+template <int bits, int... r>
+SALTIRE_INLINE void begin(Sums<sizeof...(r)>& sum, const float* shift, Rows<r...>) {
+  ((sum[r][0] = sum[r][1] = first_sum<bits>(shift[r])), ...);
 }
 
 // Written out because GCC 12 has no pattern for vpdpbusd with a broadcast from memory: it loads the
@@ -70,24 +72,29 @@ SALTIRE_INLINE __m512 table(const WeightLayout& layout, const uint8_t* from, int
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half * 32)));
 }
 
-template <bool has_zero>
+template <int bits, bool has_zero>
 SALTIRE_INLINE void scale_row(__m512i sum, __m512 scale, __m512 zero, float shift, float* acc) {
   const __m512 value = _mm512_cvtepi32_ps(sum);
   const __m512 offset = _mm512_set1_ps(shift);
-  const __m512 t = has_zero ? _mm512_fnmadd_ps(zero, offset, value) : _mm512_sub_ps(value, offset);
+  const __m512 t = has_zero                ? _mm512_fnmadd_ps(zero, offset, value)
+                   : sum_centre(bits) != 0 ? value
+                                           : _mm512_sub_ps(value, offset);
   _mm512_store_ps(acc, _mm512_fmadd_ps(scale, t, _mm512_load_ps(acc)));
 }
 
 // Adds a group's sums to the tile's float32 results; w points to the group's scales.
-template <int half, int... r>
+template <int bits, int half, int... r>
 SALTIRE_INLINE void scale_half(const WeightLayout& layout, const uint8_t* w, const float* shift,
                                const Sums<sizeof...(r)>& sum, float* acc, Rows<r...>) {
   const __m512 scale = table(layout, w, half);
   if (layout.has_zero) {
-    const __m512 zero = table(layout, w + layout.table_bytes(), half);
-    (scale_row<true>(sum[r][half], scale, zero, shift[r], acc + 32 * r + 16 * half), ...);
+    __m512 zero = table(layout, w + layout.table_bytes(), half);
+    if constexpr (sum_centre(bits) != 0) {
+      zero = _mm512_sub_ps(zero, _mm512_set1_ps(static_cast<float>(sum_centre(bits))));
+    }
+    (scale_row<bits, true>(sum[r][half], scale, zero, shift[r], acc + 32 * r + 16 * half), ...);
   } else {
-    (scale_row<false>(sum[r][half], scale, scale, shift[r], acc + 32 * r + 16 * half), ...);
+    (scale_row<bits, false>(sum[r][half], scale, scale, shift[r], acc + 32 * r + 16 * half), ...);
   }
 }
 
@@ -104,24 +111,24 @@ void multiply_tile(const Gemm& gemm, int64_t tile, int64_t block) {
   alignas(64) float acc[rows][kBlock] = {};
   for (int64_t g = 0; g < layout.groups(); ++g, shift += rows) {
     Sums<rows> sum;
-    clear(sum, all);
+    begin<bits>(sum, shift, all);
     for (const uint8_t* const end = w + code_bytes; w != end; w += 2 * kLine) {
       _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(w + kPrefetch + kLine), _MM_HINT_T0);
       const __m512i line0 = _mm512_loadu_si512(w);
       const __m512i line1 = _mm512_loadu_si512(w + kLine);
       multiply_quad<bits, 0>(line0, line1, x, sum, all);
-      multiply_quad<bits, 1>(line0, line1, x, sum, all);
+      if constexpr (bits != 8) multiply_quad<bits, 1>(line0, line1, x, sum, all);
       if constexpr (bits == 2) {
         multiply_quad<bits, 2>(line0, line1, x, sum, all);
         multiply_quad<bits, 3>(line0, line1, x, sum, all);
       }
-      x += rows * (bits == 2 ? 16 : 8);
+      x += rows * step_inputs(bits);
     }
     // The results stay in L1: without this the compiler keeps copies of them and spills those too.
     asm volatile("" : : "r"(acc) : "memory");
-    scale_half<0>(layout, w, shift, sum, acc[0], all);
-    scale_half<1>(layout, w, shift, sum, acc[0], all);
+    scale_half<bits, 0>(layout, w, shift, sum, acc[0], all);
+    scale_half<bits, 1>(layout, w, shift, sum, acc[0], all);
     w += layout.table_bytes() * (layout.has_zero ? 2 : 1);
   }
   for (int r = 0; r < rows; ++r) finish_row(gemm, row0 + r, block, acc[r]);
@@ -146,7 +153,9 @@ void gemm_avx512(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64
   for (int64_t block = block_begin; block < block_end; ++block) {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t rows = gemm.tiles.begin(tile + 1) - gemm.tiles.begin(tile);
-      const TileKernel kernel = gemm.layout.bits == 2 ? tile_kernel<2>(rows) : tile_kernel<4>(rows);
+      const TileKernel kernel = gemm.layout.bits == 8   ? tile_kernel<8>(rows)
+                                : gemm.layout.bits == 2 ? tile_kernel<2>(rows)
+                                                        : tile_kernel<4>(rows);
       kernel(gemm, tile, block);
     }
   }

@@ -32,7 +32,7 @@ Tensor lowbit_prepack_cuda(const Tensor& packed, const Tensor& scale,
 DeviceLayout open_weight(const char* op, const Tensor& w, int64_t n, int64_t k, int64_t bits,
                          int64_t group) {
   check_bits(op, bits);
-  check_group(op, k, group);
+  check_group(op, k, group, bits);
   check_dtype(op, "w", w, ScalarType::Byte);
   check_dim(op, "w", w, 1);
   for (const bool has_zero : {false, true}) {
@@ -79,7 +79,8 @@ Tensor lowbit_gemm_cuda(const Tensor& codes, const Tensor& x_scale, const Tensor
                         const std::optional<Tensor>& low_rank_x,
                         const std::optional<Tensor>& low_rank_w) {
   const char* op = "lowbit_gemm";
-  check_codes(op, codes, group, act_bits);
+  check_bits(op, bits);
+  check_codes(op, codes, bits, group, act_bits);
   check_same_device(op, "w", w, "codes", codes);
   const Tensor weight = as_aligned(as_contiguous(w));
   DeviceProblem p;

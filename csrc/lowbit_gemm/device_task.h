@@ -38,14 +38,16 @@ using namespace saltire::cuda;
 
 // Products with operands of bytes come out this much too large; x's scale takes it back, exactly.
 template <int bits>
-constexpr float kByteFactor = bits == 4 ? 16.0f : 64.0f;
+constexpr float kByteFactor = bits == 8   ? 1.0f
+                              : bits == 4 ? 16.0f
+                                          : 64.0f;
 // Likewise of 4-bit operands.
 template <int bits>
 constexpr float kNibbleFactor = bits == 4 ? 1.0f : 4.0f;
 
 // Pieces of a tile's slab a lane holds.
 template <int bits>
-constexpr int kPieces = bits == 4 ? 2 : 1;
+constexpr int kPieces = bits / 2;
 
 template <int bits>
 struct Slab {
@@ -56,11 +58,14 @@ SALTIRE_DEVICE uint32_t word_of(const uint4& v, int j) {
   return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
 }
 
-// a[0..3] of mma.m16n8k32 for a step (a constant after unrolling): 3 instructions for two words of
-// 4 bits, 7 for a word of 2.
+// a[0..3] of mma.m16n8k32 for a step (a constant after unrolling): none for 8 bits, 3 instructions
+// for two words of 4 bits, 7 for a word of 2.
 template <int bits>
 SALTIRE_DEVICE void byte_operands(const Slab<bits>& w, int step, uint32_t (&a)[4]) {
-  if constexpr (bits == 4) {
+  if constexpr (bits == 8) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] = word_of(w.piece[step], j);
+  } else if constexpr (bits == 4) {
     const uint32_t upper = word_of(w.piece[step / 2], step % 2 * 2);
     const uint32_t lower = word_of(w.piece[step / 2], step % 2 * 2 + 1);
     a[0] = upper << 4 & 0xf0f0f0f0u;

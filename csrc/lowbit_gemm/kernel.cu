@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(kLayoutThreads)
   const int tile = static_cast<int>(start / pieces % 4);
   const int64_t slab = start / pieces / 4 % s.slabs, block = start / pieces / 4 / s.slabs;
   const int64_t row0 = block * kRowBlock + tile * kTileRows + lane / 4;
-  const int step = s.container == 4 ? 2 * piece + word / 2 : word;
+  const int step = s.container == 8 ? piece : s.container == 4 ? 2 * piece + word / 2 : word;
   const int64_t k0 = slab * kSlab + step * kStep + lane % 4 * 4;
   const int per_byte = 8 / s.container;
   uint32_t value = 0;
   for (int i = 0; i < 4; ++i) {
     for (int field = 0; field < per_byte; ++field) {
-      const int high = s.container == 4 ? field : field / 2;
-      const int lower = s.container == 4 ? word % 2 : field % 2;
+      const int high = s.container == 8 ? word / 2 : s.container == 4 ? field : field / 2;
+      const int lower = s.container == 2 ? field % 2 : word % 2;
       const int64_t row = row0 + 8 * lower, k = k0 + i + 16 * high;
       if (row >= s.n || k >= s.k) continue;
       const uint8_t byte = packed[(row * s.k + k) / per_byte];
@@ -201,7 +201,7 @@ void check(const DeviceProblem& p) {
                 "lowbit_gemm: group = ", l.group,
                 "; on a CUDA device expected 0 (per channel), 32, 64 or 128. Quantise with one of "
                 "them, or run on the CPU.");
-  // The largest operands of bytes: 8·16 of a weight, 2^(bits - 1) - 1 of a token.
+  // The largest operands of bytes: 128 of a weight, 2^(bits - 1) - 1 of a token.
   const int64_t most = ((int64_t{1} << 31) - 1) / (128 * max_activation_code(p.act_bits));
   SALTIRE_CHECK(!l.per_channel() || l.k <= most, "lowbit_gemm: K = ", l.k, " with ", p.act_bits,
                 "-bit activations and one scale a channel; sums are exact only up to K = ", most,
@@ -270,7 +270,7 @@ DevicePlan plan_sm80(const DeviceProblem& p) {
   plan.blocks = ceil_div(l.n, plan.rows);
   plan.token_blocks = ceil_div(p.M, plan.tokens);
   // A 4-bit instruction spans 64 inputs, two groups of 32.
-  plan.four_bit_mma = p.act_bits <= 4 && (l.per_channel() || l.group >= 64);
+  plan.four_bit_mma = l.bits <= 4 && p.act_bits <= 4 && (l.per_channel() || l.group >= 64);
   const MmaStage stage =
       sm80_stage(container_bits(l.bits), group_steps(l), static_cast<int>(l.line_bytes()));
   plan.shared_bytes = static_cast<size_t>(kSm80Stages * stage.bytes());

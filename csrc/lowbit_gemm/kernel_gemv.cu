@@ -8,7 +8,9 @@
 namespace saltire::lowbit_gemm {
 namespace {
 
-constexpr int kAhead = 4;  // slabs a warp has under way: 4 KiB at 4 bits
+// Slabs a warp has under way: 4 KiB at 8 and 4 bits.
+template <int bits>
+constexpr int kAhead = bits == 8 ? 2 : 4;
 constexpr int kWordsOfLane = 8;
 
 template <int bits>
@@ -102,9 +104,9 @@ __global__ void __launch_bounds__(kGemvThreads) gemv(const __grid_constant__ Tas
       task.codes + (static_cast<int64_t>(block) * task.slabs * 4 + tile) * kPieces<bits> * kPiece;
   // Nothing on the stream writes weights, so they are asked for before the kernel that makes the
   // tokens has ended.
-  Slab<bits> w[kAhead];
+  Slab<bits> w[kAhead<bits>];
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
+  for (int u = 0; u < kAhead<bits>; ++u) {
     const int slab = warp + u * warps;
     if (slab < task.slabs) w[u] = load_slab<bits>(codes, slab, lane);
   }
@@ -119,13 +121,13 @@ __global__ void __launch_bounds__(kGemvThreads) gemv(const __grid_constant__ Tas
   let_next_kernel_start();
 
   Sums<tokens> s;
-  for (int first = warp; first < task.slabs; first += kAhead * warps) {
+  for (int first = warp; first < task.slabs; first += kAhead<bits> * warps) {
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < kAhead<bits>; ++u) {
       const int slab = first + u * warps;
       if (slab >= task.slabs) break;
       const Slab<bits> now = w[u];
-      const int next = slab + kAhead * warps;
+      const int next = slab + kAhead<bits> * warps;
       if (next < task.slabs) w[u] = load_slab<bits>(codes, next, lane);
       uint4 values[tokens][2];
 #pragma unroll
@@ -206,6 +208,7 @@ void run_with(const Task& task, const DevicePlan& plan, const cuda::Launch& how)
 }  // namespace
 
 void run_gemv(const Task& task, const DevicePlan& plan, int container, const cuda::Launch& how) {
+  if (container == 8) return run_with<8>(task, plan, how);
   if (container == 4) return run_with<4>(task, plan, how);
   run_with<2>(task, plan, how);
 }

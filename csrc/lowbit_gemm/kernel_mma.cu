@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMmaThreads, tiles <= 4 ? 2 : 1)
   at.half = at.thread / 128;
   const int stages = (task.slabs + kUnitSlabs - 1) / kUnitSlabs;
   at.stream = {task.row_blocks * stages, stages, task.workers};
-  at.stage = mma_stage(bits == 4 ? 4 : 2, 8 * tiles, task.group_steps, task.line_bytes);
+  at.stage = mma_stage(bits, 8 * tiles, task.group_steps, task.line_bytes);
   at.first_token = static_cast<int>(blockIdx.y) * 8 * tiles;
   const int begin = at.stream.begin(static_cast<int>(blockIdx.x));
   const int end = at.stream.begin(static_cast<int>(blockIdx.x) + 1);
@@ -273,6 +273,7 @@ void run_with(const Task& task, const DevicePlan& plan, const cuda::Launch& how)
 }  // namespace
 
 void run_mma(const Task& task, const DevicePlan& plan, int container, const cuda::Launch& how) {
+  if (container == 8) return run_with<8>(task, plan, how);
   if (container == 4) return run_with<4>(task, plan, how);
   run_with<2>(task, plan, how);
 }

@@ -71,10 +71,10 @@ inline WeightLayout read_header(const char* op, const uint8_t* buffer, int64_t b
   layout.group = header.group == 0 ? header.k : header.group;
   layout.has_zero = (header.flags & kFlagZero) != 0;
   layout.table = (header.flags & kFlagHalf) != 0 ? Float::f16 : Float::f32;
-  const bool sane = layout.bits >= 2 && layout.bits <= 4 && layout.n >= 1 &&
-                    layout.n <= (int64_t{1} << 40) && layout.k >= kKMultiple && layout.k <= kMaxK &&
-                    layout.k % kKMultiple == 0 && layout.group >= kKMultiple &&
-                    layout.group % kKMultiple == 0 && layout.k % layout.group == 0;
+  const bool sane =
+      are_weight_bits(layout.bits) && layout.n >= 1 && layout.n <= (int64_t{1} << 40) &&
+      layout.k >= kKMultiple && layout.k <= max_k(layout.bits) && layout.k % kKMultiple == 0 &&
+      layout.group >= kKMultiple && layout.group % kKMultiple == 0 && layout.k % layout.group == 0;
   SALTIRE_CHECK(sane && header.bytes == bytes && layout.bytes() == bytes, op, ": w holds ", bytes,
                 " bytes, which its own header contradicts: it is truncated or altered. Prepack it "
                 "again from the checkpoint.");
@@ -89,7 +89,9 @@ inline uint8_t pack_rows(const uint8_t* codes, uint8_t* packed, int64_t k, int b
   const int64_t bytes = (end - begin) * k * container / 8;
   const uint8_t* in = codes + begin * k;
   uint8_t* out = packed + begin * (k * container / 8);
-  if (container == 4) {
+  if (container == 8) {
+    std::memcpy(out, in, static_cast<size_t>(bytes));
+  } else if (container == 4) {
     for (int64_t j = 0; j < bytes; ++j) {
       any |= in[2 * j] | in[2 * j + 1];
       out[j] = static_cast<uint8_t>(in[2 * j] | in[2 * j + 1] << 4);
@@ -110,7 +112,9 @@ inline void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t k, int bi
   const int64_t bytes = (end - begin) * k * container / 8;
   const uint8_t* in = packed + begin * (k * container / 8);
   uint8_t* out = codes + begin * k;
-  if (container == 4) {
+  if (container == 8) {
+    std::memcpy(out, in, static_cast<size_t>(bytes));
+  } else if (container == 4) {
     for (int64_t j = 0; j < bytes; ++j) {
       out[2 * j] = in[j] & 15;
       out[2 * j + 1] = in[j] >> 4;

@@ -157,7 +157,8 @@ void pack_tile(const int8_t* codes, int8_t* out, int64_t rows, int64_t k) {
 }
 
 void shift_tile(const WeightLayout& layout, const int32_t* sums, float* out, int64_t rows) {
-  const float zero = layout.has_zero ? 1.0f : symmetric_zero(layout.bits);
+  const bool plain = layout.has_zero || sum_centre(layout.bits) != 0;
+  const float zero = plain ? 1.0f : symmetric_zero(layout.bits);
   for (int64_t g = 0; g < layout.groups(); ++g) {
     for (int64_t r = 0; r < rows; ++r) {
       out[g * rows + r] = zero * static_cast<float>(sums[r * layout.groups() + g]);
@@ -218,7 +219,7 @@ Tensor lowbit_gemm(const Tensor& codes, const Tensor& x_scale, const Tensor& x_s
   const char* op = "lowbit_gemm";
   check_bits(op, bits);
   check_cpu(op, "codes", codes);
-  check_codes(op, codes, group, act_bits);
+  check_codes(op, codes, bits, group, act_bits);
   const Tensor weight = as_contiguous(w);
   Gemm gemm;
   gemm.layout = open_weight(op, weight, n, codes.size(1), bits, group);

@@ -1,4 +1,4 @@
-// lowbit_gemm: activations of 3, 4 or 8 bits times weights of 2, 3 or 4 bits. Torch-free.
+// lowbit_gemm: activations of 3, 4 or 8 bits times weights of 2, 3, 4 or 8 bits. Torch-free.
 //
 //   y[m, n] = x_scale[m] · Σ_g scale[n, g] · (Σ_k∈g x[m, k]·u[n, k] - zero[n, g]·x_sum[m, g])
 //             + Σ_r low_rank_x[m, r]·low_rank_w[r, n] + bias[n]
@@ -8,6 +8,8 @@
 //
 //   t   = float(dot) - zero·x_sum      symmetric: the product rounded, then the difference
 //   t   = fma(-zero, x_sum, float(dot))                           explicit zero points
+//   8 bits: dot is Σ x·(u - 128), still an integer, and zero - 128 stands for zero: unsigned sums
+//   outgrow the 24 bits that float(dot) keeps
 //   acc = fma(scale, t, acc)           g ascending, from +0
 //   y   = acc · x_scale,  then y = fma(low_rank_x, low_rank_w, y) r ascending,  then y + bias
 //
@@ -19,6 +21,7 @@
 //   codes  =  steps of two 64-byte lines: outputs 0..15, then outputs 16..31
 //
 //   A line's byte 4·o + i belongs to output o and to k = i (mod 4), as vpdpbusd wants it:
+//     8 bits, a step of 4 k:    the code of k i
 //     4 bits, a step of 8 k:    bits 7..4 = k 4+i    bits 3..0 = k i
 //     2 bits, a step of 16 k:   7..6 = k 12+i   5..4 = k 8+i   3..2 = k 4+i   1..0 = k i
 //   Worked byte: 4 bits, step 0, line 0, byte 5 = output 1, i = 1: with u[1, 1] = 9 and
@@ -35,13 +38,25 @@ namespace saltire::lowbit_gemm {
 constexpr int64_t kBlock = 32;      // outputs of a block: two zmm or four ymm of int32
 constexpr int64_t kLine = 64;       // bytes of a line: 16 outputs
 constexpr int64_t kKMultiple = 32;  // K and G are multiples of it: whole steps at any width
-// |dot| <= K·15·128 must stay below 2^31.
-constexpr int64_t kMaxK = int64_t{1} << 20;
+// |dot| <= K·15·128, or K·255·127 for 8 bits, must stay below 2^31.
+constexpr int64_t max_k(int bits) {
+  return int64_t{1} << (bits == 8 ? 16 : 20);
+}
 
 enum class Float : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
 constexpr int64_t float_bytes(Float type) {
   return type == Float::f32 ? 4 : 2;
+}
+
+// Inputs of a step of two lines: four for each code of a byte.
+constexpr int64_t step_inputs(int bits) {
+  return 4 * 8 / container_bits(bits);
+}
+
+// What integer sums count codes from: 128 for 8 bits, else 0.
+constexpr int sum_centre(int bits) {
+  return bits == 8 ? 128 : 0;
 }
 
 // What the weight is; from it follow all offsets in the prepacked buffer.
@@ -55,7 +70,7 @@ struct WeightLayout {
 
   int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
   int64_t groups() const { return k / group; }
-  int64_t step_k() const { return 4 * 8 / container_bits(bits); }  // inputs of a step: 8 or 16
+  int64_t step_k() const { return step_inputs(bits); }  // inputs of a step: 4, 8, 16
   int64_t code_bytes() const { return group * kBlock * container_bits(bits) / 8; }  // of a group
   int64_t table_bytes() const { return kBlock * float_bytes(table); }
   int64_t group_bytes() const { return code_bytes() + table_bytes() * (has_zero ? 2 : 1); }
@@ -107,7 +122,7 @@ struct Gemm {
   // Tile-major, so that a tile is read at rising addresses: tile t starts at row begin(t), holds
   //   x:     [K / 4][rows of the tile][4] codes        at begin(t) · K
   //   shift: [K / G][rows of the tile]                 at begin(t) · K / G
-  // shift is x_sum with explicit zero points, else symmetric_zero · x_sum.
+  // shift is x_sum with explicit zero points or 8 bits, else symmetric_zero · x_sum.
   RowTiles tiles;
   const int8_t* x = nullptr;
   const float* shift = nullptr;

@@ -39,6 +39,7 @@ void read_table(const WeightLayout& layout, const uint8_t* from, float* to) {
 void gemm_ref(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t tile_begin,
               int64_t tile_end) {
   const WeightLayout& layout = gemm.layout;
+  const int32_t centre = sum_centre(layout.bits);
   const int64_t row_begin = gemm.tiles.begin(tile_begin);
   const int64_t row_end = gemm.tiles.begin(tile_end);
   std::vector<uint8_t> u(static_cast<size_t>(layout.group * kBlock));
@@ -56,7 +57,9 @@ void gemm_ref(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t 
         const int64_t row0 = gemm.tiles.begin(tile);
         const int64_t rows = gemm.tiles.begin(tile + 1) - row0;
         for (int64_t r = 0; r < rows; ++r) {
-          int32_t dot[kBlock] = {};
+          const float shift = gemm.shift[row0 * layout.groups() + g * rows + r];
+          int32_t dot[kBlock];
+          for (int32_t& sum : dot) sum = -centre * static_cast<int32_t>(shift);
           const int8_t* x = gemm.x + row0 * layout.k + (g * layout.group * rows) + r * 4;
           for (int64_t k = 0; k < layout.group; ++k) {
             const int32_t xk = x[k / 4 * rows * 4 + k % 4];
@@ -64,11 +67,13 @@ void gemm_ref(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t 
               dot[o] += xk * static_cast<int32_t>(u[static_cast<size_t>(k * kBlock + o)]);
             }
           }
-          const float shift = gemm.shift[row0 * layout.groups() + g * rows + r];
           float* sum = acc.data() + (row0 + r - row_begin) * kBlock;
           for (int64_t o = 0; o < kBlock; ++o) {
             const float value = static_cast<float>(dot[o]);
-            const float t = layout.has_zero ? fma32(-zero[o], shift, value) : value - shift;
+            const float t = layout.has_zero
+                                ? fma32(static_cast<float>(centre) - zero[o], shift, value)
+                            : centre != 0 ? value
+                                          : value - shift;
             sum[o] = fma32(scale[o], t, sum[o]);
           }
         }

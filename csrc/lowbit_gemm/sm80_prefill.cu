@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_tiles(const __grid_const
   at.first_in_tile = at.thread / 32 % 4 * 8 * kTokenTiles;
   at.first_block = static_cast<int>(blockIdx.x) * kTileBlocks;
   at.first_token = static_cast<int>(blockIdx.y) * kTileTokens;
-  at.stage = sm80_stage(bits == 4 ? 4 : 2, task.group_steps, task.line_bytes);
+  at.stage = sm80_stage(bits, task.group_steps, task.line_bytes);
   for (int slab = 0; slab < kSm80Stages - 1; ++slab) copy_stage<bits>(task, at, slab);
   Sums<grouped> s;
   for (int slab = 0; slab < task.slabs; ++slab) {
@@ -123,8 +123,13 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_tiles(const __grid_const
       Slab<bits> w[kRowTiles];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        const int q = bits == 4 ? pair : 0;
-        w[r].piece[q] = codes[(r * kPieces<bits> + q) * 32];
+        // The pieces of these two steps.
+        constexpr int kOfPair = bits == 8 ? 2 : 1;
+#pragma unroll
+        for (int i = 0; i < kOfPair; ++i) {
+          const int q = bits == 2 ? 0 : pair * kOfPair + i;
+          w[r].piece[q] = codes[(r * kPieces<bits> + q) * 32];
+        }
       }
       if constexpr (nibbles) {
         uint32_t packed[kTokenTiles][2];
@@ -202,6 +207,7 @@ void run_sm80(const Task& task, const DevicePlan& plan, const cuda::Device&, cud
   how.block = dim3(kThreads);
   how.shared_bytes = plan.shared_bytes;
   how.stream = stream;
+  if (task.middle == symmetric_zero(8)) return run_as<8, false>(task, how);
   if (task.middle == symmetric_zero(2)) {
     if (plan.four_bit_mma) return run_as<2, true>(task, how);
     return run_as<2, false>(task, how);

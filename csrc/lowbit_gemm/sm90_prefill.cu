@@ -40,7 +40,7 @@ template <int bits, int steps, int halves>
 struct Shared {
   static constexpr int kBlocks = kGroups * halves;           // row blocks of a tile
   static constexpr int kCodes = 4 * kPieces<bits> * kPiece;  // bytes of a row block's slab
-  static constexpr MmaStage kStage = sm90_stage(kBlocks * kRowBlock, bits == 4 ? 4 : 2, steps);
+  static constexpr MmaStage kStage = sm90_stage(kBlocks * kRowBlock, bits, steps);
   static constexpr int kStages = sm90_stages(kStage);
   static_assert(kStage.bytes() % 1024 == 0, "every stage's tokens start where the swizzle does");
 };
@@ -342,6 +342,7 @@ void run_sm90(const Task& task, const DevicePlan& plan, const cuda::Device& devi
   how.shared_bytes = plan.shared_bytes;
   how.stream = stream;
   how.overlap_previous = true;
+  if (task.middle == symmetric_zero(8)) return run_bits<8>(task, x, plan, how);
   if (task.middle == symmetric_zero(2)) return run_bits<2>(task, x, plan, how);
   run_bits<4>(task, x, plan, how);
 }

@@ -95,6 +95,9 @@ GEMV = {
     "two bits, padded, zeros": (4, 48, 96, 32, 2, 8, True, False),
     "two bits per channel": (2, 16, 352, 0, 2, 8, False, False),
     "three bits": (1, 32, 256, 128, 3, 3, False, False),
+    "eight bits per channel": (1, 40, 352, 0, 8, 8, False, False),
+    "eight bits, many slabs, groups": (3, 32, 1280, 64, 8, 4, False, True),
+    "eight bits, padded, zeros": (4, 48, 96, 32, 8, 8, True, False),
 }
 MMA = {
     "one tile of tokens": (5, 64, 256, 128, 4, 4, False, True),
@@ -106,6 +109,8 @@ MMA = {
     "two bits": (6, 80, 768, 64, 2, 4, False, True),
     "two bits, zeros": (33, 64, 320, 32, 2, 8, True, False),
     "three bits, two blocks of tokens": (70, 64, 256, 128, 3, 4, False, False),
+    "eight bits per channel, split": (8, 128, 1536, 0, 8, 8, False, False),
+    "eight bits, zeros": (33, 72, 320, 32, 8, 4, True, True),
 }
 
 
@@ -135,6 +140,9 @@ PREFILL = {
     "two bits, zeros per channel": (50, 64, 256, 0, 2, 8, True, True),
     "two bits, groups of 64": (33, 80, 384, 64, 2, 4, False, True),
     "three bits": (20, 64, 96, 0, 3, 3, False, False),
+    "eight bits per channel": (70, 130, 384, 0, 8, 8, False, False),
+    "eight bits, groups of 64, zeros": (33, 80, 320, 64, 8, 4, True, True),
+    "eight bits, groups of 32": (20, 64, 160, 32, 8, 8, False, False),
 }
 
 
@@ -148,16 +156,17 @@ def test_tiles_of_hopper_equal_reference(program, name, shape) -> None:
     check(program, "sm90", shape)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [128, 0])
-def test_high_tiles_of_hopper_and_several_a_block(program, group) -> None:
+def test_high_tiles_of_hopper_and_several_a_block(program, group, bits) -> None:
     """256 rows a tile, and fewer blocks than tiles: the pipeline runs on from tile to tile."""
-    layer = Layer(program, 130, 520, 256, group=group, half=True)
+    layer = Layer(program, 130, 520, 256, bits, group=group, half=True)
     y, plan = layer.multiply("sm90", multiprocessors=2)
     assert "rows=256" in plan
     assert torch.equal(y.double(), layer.reference()), plan
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("group", "zero", "half"), [(0, False, False), (32, True, True)])
 def test_prepack_undoes_itself_and_is_as_drawn(program, bits, group, zero, half) -> None:
     layer = Layer(program, 1, 72, 160, bits, group, zero=zero, half=half, exact=False)
@@ -176,6 +185,8 @@ def test_prepack_undoes_itself_and_is_as_drawn(program, bits, group, zero, half)
     if bits == 2:
         byte = int(layer.w[lane * 16 + 1 * 4 + 3])
         assert byte >> 6 == code ^ 2
+    elif bits == 8:
+        assert int(layer.w[512 + lane * 16 + 3 * 4 + 3]) == code ^ 128
     else:
         byte = int(layer.w[lane * 16 + 3 * 4 + 3])
         assert byte >> 4 == (code - (8 if bits == 4 else 4)) & 15
@@ -195,17 +206,18 @@ def test_worked_byte_of_the_device_layout(program) -> None:
     assert w[: 64 * 128 // 2].count_nonzero() == 1
 
 
-def test_lengths_tell_what_a_buffer_holds(program) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lengths_tell_what_a_buffer_holds(program, bits) -> None:
     """No two kinds of one shape have the same length, nor one that the CPU's layout has."""
     for N, K, group in ((64, 128, 0), (64, 128, 32), (200, 576, 64), (4096, 4096, 128)):
         device, cpu = [], set()
         for table in (0, 1):
             for zero in (0, 1):
-                shape = {"N": N, "K": K, "group": group or K, "bits": 4, "has_zero": zero,
+                shape = {"N": N, "K": K, "group": group or K, "bits": bits, "has_zero": zero,
                          "table": table}  # fmt: skip
                 device.append(int(run(program, what="sizes", **shape)["bytes"]))
                 tables = (4 - 2 * table) * (1 + zero) * (K // (group or K))
-                cpu.add(64 + -(-N // 32) * 32 * (K // 2 + tables))
+                cpu.add(64 + -(-N // 32) * 32 * (K * bits // 8 + tables))
         assert len(set(device)) == 4
         assert not cpu & set(device)
 

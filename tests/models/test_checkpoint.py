@@ -27,7 +27,7 @@ def quantised(architecture: str = "llama", recipe: str = "w4a4", **overrides: ob
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("recipe", ["w4a4", "w2a4-g32", "w3a4"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w2a4-g32", "w3a4"])
 def test_saved_then_loaded_logits_are_bit_equal(tmp_path: Path, architecture, recipe) -> None:
     from dataclasses import replace
 
@@ -69,9 +69,9 @@ def test_more_bits_stay_closer_to_the_original(architecture) -> None:
         quantised = quantize(tiny_model(architecture), None, recipe, tokens, batch=4)
         return float((quantised(tokens).logits - want).norm() / want.norm())
 
-    w4a8, w4a4, w2a4 = error("w4a8"), error("w4a4"), error("w2a4")
+    w8a8, w4a8, w4a4, w2a4 = (error(recipe) for recipe in ("w8a8", "w4a8", "w4a4", "w2a4"))
     assert 0 < w4a8 < 0.4
-    assert w4a8 < w4a4 < w2a4
+    assert 4 * w8a8 < w4a8 < w4a4 < w2a4
 
 
 def test_files_hold_packed_integers_and_no_float_copy(tmp_path: Path) -> None:

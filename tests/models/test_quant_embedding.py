@@ -109,7 +109,7 @@ def test_checkpoints_keep_it_and_the_decoder_reads_it(
 
 def test_a_head_that_stays_keeps_the_embedding_it_is_tied_to() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
-    quantize(model, None, replace(W4A8, head=False), random_tokens(model, 4, 32), batch=2)
+    quantize(model, None, replace(W4A8, head_bits=16), random_tokens(model, 4, 32), batch=2)
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
     assert model.lm_head.weight is model.get_input_embeddings().weight
 

@@ -347,7 +347,7 @@ def test_refusals_say_what_to_do() -> None:
         build_decoder(tiny_model("llama", rope_parameters=dynamic))
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "w2a4-g64"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a4", "w2a4-g64"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_quantised_layers_run_as_transformers_runs_them(
     architecture: str, recipe: str, isa: str

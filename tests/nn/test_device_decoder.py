@@ -56,7 +56,7 @@ def test_every_architecture(architecture: str) -> None:
     torch.testing.assert_close(conversation(parts), conversation(native), atol=5e-5, rtol=5e-5)
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "w2a4-g64"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a8", "w4a4", "w2a4-g64"])
 def test_quantised_models(recipe: str) -> None:
     """A rounding that falls the other way moves a few logits; the rest are equal."""
     native, parts = both(quantised("qwen2", recipe))

@@ -17,6 +17,7 @@ FORMATS = {
     "per channel": LinearFormat(4, 4, hadamard=32, diag=True),
     "groups, zero points": LinearFormat(4, 8, group=32, zero_points=True, scale_dtype="float16"),
     "two bits, groups": LinearFormat(2, 4, group=64, scale_dtype="float16", hadamard=64),
+    "eight bits": LinearFormat(8, 8, diag=True, hadamard=32),
     "three bits, both factors": LinearFormat(3, 3, left=6, right=32, clip=0.9),
     "left and Hadamard": LinearFormat(4, 4, left=3, hadamard=64, diag=True),
     "low rank": LinearFormat(4, 4, rank=5),

@@ -16,7 +16,7 @@ from saltire.ops.lowbit_gemm import (
 )
 from saltire.reference import lowbit_gemm as reference
 
-BITS = st.sampled_from([2, 3, 4])
+BITS = st.sampled_from([2, 3, 4, 8])
 
 
 def random_codes(seed: int, N: int, K: int, bits: int) -> torch.Tensor:
@@ -49,6 +49,10 @@ def test_worked_byte_of_the_prepacked_layout() -> None:
     w = prepack_weight(pack_weight(codes, 4), torch.ones(32, 1), None, 4)
     assert w[64 + 5].item() == 0x39
     assert w[64 : 64 + 32 * 16].count_nonzero() == 1
+    # 8 bits: a step of four inputs, so input 5 is the next step's byte of i = 1.
+    w = prepack_weight(pack_weight(codes, 8), torch.ones(32, 1), None, 8)
+    assert (w[64 + 5].item(), w[64 + 128 + 5].item()) == (9, 3)
+    assert w[64 : 64 + 32 * 32].count_nonzero() == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,7 +116,7 @@ def test_a_code_too_large_is_refused(bits: int) -> None:
         (torch.zeros(8, dtype=torch.uint8), 4, "expected 2 dimensions"),
         (torch.zeros(4, 7, dtype=torch.uint8), 4, "multiple of 2"),
         (torch.zeros(4, 6, dtype=torch.uint8), 2, "multiple of 4"),
-        (torch.zeros(4, 8, dtype=torch.uint8), 8, "2, 3 or 4 bits"),
+        (torch.zeros(4, 8, dtype=torch.uint8), 7, "2, 3, 4 or 8 bits"),
     ],
 )
 def test_codes_that_cannot_be_packed_are_refused(

@@ -23,14 +23,14 @@ def output_error(x: torch.Tensor, w: torch.Tensor, rounded: torch.Tensor) -> flo
     return float((x.double() @ (w.double() - rounded).T).square().sum())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("group", "zero_points"), [(0, False), (32, False), (32, True)])
 def test_gptq_loses_less_output_than_rounding_to_nearest(bits, group, zero_points) -> None:
     x, w = correlated_inputs(512, 96), torch.randn(24, 96)
     H = x.T @ x
     grid = choose_grid(w, H.diagonal(), bits, group, zero_points, torch.float32)
     codes = Curvature.of(H).round(w, grid)
-    assert codes.max() < 2**bits
+    assert int(codes.max()) < 2**bits
     nearest = grid.codes(w)
     error = output_error(x, w, decode(codes, grid, group))
     assert error < 0.8 * output_error(x, w, decode(nearest, grid, group))
@@ -61,11 +61,11 @@ def test_a_searched_grid_is_no_worse_than_the_full_range() -> None:
     assert loss(searched) < loss(full)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_search_finds_what_200_ranges_find(bits: int) -> None:
     torch.manual_seed(1)
     w, importance = torch.randn(32, 128), torch.rand(128)
-    zero = {2: 1.5, 3: 4.0, 4: 8.0}[bits]
+    zero = {2: 1.5, 3: 4.0, 4: 8.0, 8: 128.0}[bits]
     full = w.abs().amax(1, keepdim=True) / (2**bits - 1 - zero)
 
     def loss(scale: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,8 @@ def test_the_search_finds_what_200_ranges_find(bits: int) -> None:
 
     least = torch.stack([loss(full * step) for step in torch.linspace(0.2, 1, 200)]).amin(0)
     found = loss(choose_grid(w, importance, bits, 0, False, torch.float32).scale)
-    assert found.sum() < 1.01 * least.sum()
+    # Of 8-bit grids the best of 200 is best by chance: which levels the values happen to meet.
+    assert found.sum() < (1.06 if bits == 8 else 1.01) * least.sum()
 
 
 @pytest.mark.parametrize("K", [48, 300])  # solved at once, and by halves of halves

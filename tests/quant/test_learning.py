@@ -85,7 +85,7 @@ def test_losses_are_least_at_the_teacher_except_the_printed_one() -> None:
 @pytest.mark.parametrize(("bits", "group"), [(4, 0), (3, 0), (2, 32)])
 def test_gradients_through_the_kernels_are_those_of_the_dense_product(bits, group) -> None:
     model = tiny_model("llama")
-    recipe = replace(W4A4, weight_bits=bits, group=group, head=False)
+    recipe = replace(W4A4, weight_bits=bits, group=group, head_bits=16)
     quantize(model, None, recipe, random_tokens(model, 4, 64))
     layer = model.get_submodule("model.layers.0.mlp.gate_proj")
     tuned = TunedLinear(layer, TunedInput(layer), learn_bias=True)
@@ -112,7 +112,7 @@ def test_the_end_to_end_step_brings_the_model_nearer_to_its_teacher_and_keeps_co
     tokens = random_tokens(model, 16, 64)
     adapter = adapter_for(model.config)
     teacher = Teacher.of(model, adapter, tokens)
-    quantize(model, None, replace(RECIPES["w2a4"], head=False), tokens)
+    quantize(model, None, replace(RECIPES["w2a4"], head_bits=16), tokens)
     name = "model.layers.1.mlp.down_proj"
     before = model.get_submodule(name).checkpoint_weight()[0].clone()
     losses = tune(model, adapter, teacher, epochs=4, rate=5e-3).losses
@@ -128,7 +128,7 @@ def test_an_end_to_end_step_that_harms_is_undone() -> None:
     tokens = random_tokens(model, 8, 64)
     adapter = adapter_for(model.config)
     teacher = Teacher.of(model, adapter, tokens)
-    quantize(model, None, replace(W4A4, head=False), tokens)
+    quantize(model, None, replace(W4A4, head_bits=16), tokens)
     want = model(tokens).logits
     losses = tune(model, adapter, teacher, epochs=5, rate=2.0).losses
     assert len(losses) < 6  # it stopped early

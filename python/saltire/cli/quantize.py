@@ -33,11 +33,14 @@ def quantize(
     kv_bits: int | None = typer.Option(
         None, help="bits of keys and values: 16, 8, 4 or 2; default: the recipe's"
     ),
+    head_bits: int | None = typer.Option(
+        None, help="bits of the head that gives the logits: 16, 8 or 4; default: the recipe's, 4"
+    ),
     embedding_bits: int | None = typer.Option(
         None, help="bits of the embedding: 16, 8 or 4; default: the recipe's, 8"
     ),
     bits_per_weight: float = typer.Option(
-        0.0, help="deal out 2 and 4 bits to the layers, so many on average (scales counted)"
+        0.0, help="deal out 2, 4 and 8 bits to the layers, so many on average (scales counted)"
     ),
     budget_mb: float = typer.Option(0.0, help="the same, for so many MB of weights in all"),
     report: bool = typer.Option(
@@ -69,6 +72,8 @@ def quantize(
         chosen = with_transform(chosen, transform)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
+    if head_bits is not None:
+        chosen = replace(chosen, head_bits=head_bits)
     if embedding_bits is not None:
         chosen = replace(chosen, embedding_bits=embedding_bits)
     if bits_per_weight or budget_mb:

@@ -11,7 +11,7 @@ import torch
 from saltire.errors import SaltireError
 from saltire.nn.quant_embedding import EmbeddingFormat
 
-WEIGHT_BITS = (2, 3, 4)
+WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (3, 4, 8)
 GROUPS = (0, 32, 64, 128)
 RANK_BITS = (4, 8, 16, 32)
@@ -22,7 +22,7 @@ SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 class LinearFormat:
     """The format of one quantised linear layer with K inputs.
 
-    weight_bits: 2, 3 or 4. act_bits: 3, 4 or 8. group: inputs that share a weight scale; 0 means
+    weight_bits: 2, 3, 4 or 8. act_bits: 3, 4 or 8. group: inputs that share a weight scale; 0 means
     one scale an output channel. zero_points: weights have their own zero per scale; else symmetric.
     scale_dtype: of the weight scales. diag: the input is multiplied by a learned diagonal.
     hadamard: block size of the Hadamard rotation, 1 for none. left, right: sizes of the dense

@@ -16,7 +16,7 @@ from saltire.errors import SaltireError
 from saltire.ops import library  # noqa: F401  (loads the compiled ops)
 from saltire.reference import lowbit_gemm as reference
 
-CONTAINER_BITS = {2: 2, 3: 4, 4: 4}
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 HEADER_BYTES = 64
 BLOCK = 32  # outputs of a block of the prepacked layout
 # The same of CUDA's layout, csrc/lowbit_gemm/device_layout.h.
@@ -26,8 +26,8 @@ DEVICE_BLOCK, DEVICE_SLAB, DEVICE_TAIL = 64, 128, 80
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
     """Pack weight codes into the checkpoint layout, lowest bits first.
 
-    codes: uint8 [N, K], each below 2**bits. bits: 2, 3 (in a 4-bit container) or 4.
-    Returns uint8 [N, K·c/8] with c = 2 for 2 bits, else 4. Raises SaltireError if a code is too
+    codes: uint8 [N, K], each below 2**bits. bits: 2, 3 (in a 4-bit container), 4 or 8.
+    Returns uint8 [N, K·c/8] with c the container: 2, 4 or 8. Raises SaltireError if a code is too
     large or if K does not fill whole bytes.
     """
     try:

@@ -159,7 +159,7 @@ def _streamed(job: Job, observer: Observer | None) -> int:
     size = 0
     if processes.rank() == 0:
         config = attach_config(model, job.recipe, formats)
-        if job.recipe.head:
+        if job.recipe.rounds_head:
             model.config.tie_word_embeddings = False
         rest = _rest(model, adapter, source, getattr(torch, job.recipe.rest_dtype), formats)
         size = _assemble(job, journal, len(adapter.blocks(model)), rest, model, tokenizer)

@@ -24,12 +24,11 @@ from saltire.quant.layer import check_activations, finite_linear
 from saltire.quant.recipe import Recipe
 
 # (weight bits, group) from small to large. 3 bits lie in containers of 4: they save nothing.
-FORMATS = ((2, 64), (4, 0), (4, 64))
+FORMATS = ((2, 64), (4, 0), (4, 64), (8, 0))
 SCALE_BYTES = {0: 4, 64: 2}  # of float32 and float16 scales
 MOST_TOKENS = 1024  # of the text that gradients are taken on
 REST_BYTES = 2  # of a value that is not quantised
-SCALE_BITS = 0.25  # a value of the embedding, of the float16 that 64 share
-HEAD_BITS = 4.25  # of a quantised head, with its scales
+SCALE_BITS = 0.25  # a value of head and embedding, of the float16 that 64 share
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,9 @@ def budget_bytes(
     whole = sum(parameter.numel() for parameter in model.parameters())  # a tied tensor counts once
     head = model.get_submodule(adapter.head_path).weight
     tied = head is model.get_input_embeddings().weight
-    rest = (whole - weights - (0 if tied or not recipe.head else head.numel())) * REST_BYTES
-    rest += int(head.numel() * HEAD_BITS / 8) if recipe.head else 0
+    rest = (whole - weights - (0 if tied or not recipe.rounds_head else head.numel())) * REST_BYTES
+    if recipe.rounds_head:
+        rest += int(head.numel() * (recipe.head_bits + SCALE_BITS) / 8)
     if recipe.rounds_embedding(tied):
         values = model.get_input_embeddings().weight.numel()
         rest -= int(values * (REST_BYTES - (recipe.embedding_bits + SCALE_BITS) / 8))

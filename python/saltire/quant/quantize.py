@@ -108,7 +108,7 @@ class Pass:
         return {path: made.format}
 
     def _head(self, runner: BlockRunner) -> dict[str, AnyFormat]:
-        if not self.recipe.head:
+        if not self.recipe.rounds_head:
             return {}
         norm, head_path = self.model.get_submodule(self.adapter.norm_path), self.adapter.head_path
         self.weights.fill(norm, self.adapter.norm_path)
@@ -193,7 +193,7 @@ def quantize(
     finish = prepare(model, adapter, part, recipe, seed)
     formats = Pass(model, adapter, recipe, part, batch, Resident(), journal, observer).run()
     formats |= finish()
-    if recipe.head:
+    if recipe.rounds_head:
         model.config.tie_word_embeddings = False
     round_rest(model, getattr(torch, recipe.rest_dtype))
     attach_config(model, recipe, formats)

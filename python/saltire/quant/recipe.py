@@ -76,6 +76,9 @@ class Learning:
             raise SaltireError("learning takes no negative steps or epochs, and rates above 0.")
 
 
+HEAD_BITS = (4, 8)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is quantised.
@@ -85,13 +88,13 @@ class Recipe:
     ``bdq``, turn each head's values into principal directions first, offline
     (``transforms.values``). rotation: of ``hadamard`` and ``bdq``: ``none``; ``block``, a Hadamard
     of ``block`` channels; ``full``, one rotation over all. learning: what is learned after the
-    closed forms. head: also quantise the head that gives the
-    logits, to 4-bit weights in groups of 64 (where they fit) on 8-bit activations. rest_dtype:
-    dtype in which the tensors that are not quantised (norms) are stored. embedding_bits: 8 or 4, or
-    16 for ``rest_dtype``; an embedding that is the head too stays if the head does. low_rank: join
-    it with a low-rank decomposition of the linears in the blocks. kv_bits: of the keys and values
-    that the model keeps: 8, 4 or 2, or 16 for as they come. bits_per_weight: deal out 2 and 4 bits
-    to the linears of the blocks within so many on average, scales counted; budget_mb: within so
+    closed forms. head_bits: of the head that gives the logits: 4 (in groups of 64 where they fit)
+    or 8, on 8-bit activations, or 16 for as it is. rest_dtype: dtype in which the tensors that are
+    not quantised (norms) are stored. embedding_bits: 8 or 4, or 16 for ``rest_dtype``; an embedding
+    that is the head too stays if the head does. low_rank: join it with a low-rank decomposition of
+    the linears in the blocks. kv_bits: of the keys and values that the model keeps: 8, 4 or 2, or
+    16 for as they come. bits_per_weight: deal out 2, 4 and 8 bits to the linears of the blocks
+    within so many on average, scales counted; budget_mb: within so
     many megabytes of all weights (``mixed``); 0: all alike.
     """
 
@@ -104,7 +107,7 @@ class Recipe:
     turn: bool = True
     rotation: Rotation = "full"
     block: int = 64
-    head: bool = True
+    head_bits: int = 4
     rest_dtype: str = "bfloat16"
     embedding_bits: int = 8
     low_rank: LowRank | None = None
@@ -119,6 +122,11 @@ class Recipe:
             raise SaltireError(
                 f"embedding_bits = {self.embedding_bits!r}; expected 16, or one of "
                 f"{', '.join(map(str, EMBEDDING_BITS))}."
+            )
+        if self.head_bits not in (*HEAD_BITS, UNROUNDED):
+            raise SaltireError(
+                f"head_bits = {self.head_bits!r}; expected 16, or one of "
+                f"{', '.join(map(str, HEAD_BITS))}."
             )
         if self.transform not in TRANSFORMS:
             raise SaltireError(
@@ -142,9 +150,14 @@ class Recipe:
         """Whether each block's values are turned before it is quantised."""
         return self.turn and self.transform == "bdq" and self.low_rank is None
 
+    @property
+    def rounds_head(self) -> bool:
+        """Whether the head is quantised."""
+        return self.head_bits != UNROUNDED
+
     def rounds_embedding(self, tied: bool) -> bool:
         """Whether the embedding is rounded, given whether it is the head as well."""
-        return self.embedding_bits != UNROUNDED and (self.head or not tied)
+        return self.embedding_bits != UNROUNDED and (self.rounds_head or not tied)
 
     @property
     def mixed(self) -> bool:
@@ -175,8 +188,9 @@ class Recipe:
 
     def head_recipe(self, inputs: int) -> Recipe:
         """How a head of so many inputs is quantised: gently, as its noise goes to the logits."""
-        group = 64 if inputs % 64 == 0 else 0
-        return replace(self, weight_bits=4, act_bits=8, group=group, zero_points=False)
+        bits = self.head_bits
+        group = 64 if bits == 4 and inputs % 64 == 0 else 0
+        return replace(self, weight_bits=bits, act_bits=8, group=group, zero_points=False)
 
 
 KRONECKER_STEPS = 100  # FlatQuant's start is a random rotation: nothing without its learning
@@ -194,6 +208,7 @@ RECIPES: dict[str, Recipe] = {
         replace(_BASE, name="w4a4-g128", group=128),
         replace(_BASE, name="w4a4kv4", kv_bits=4),
         replace(_BASE, name="w4a8", act_bits=8),
+        replace(_BASE, name="w8a8", weight_bits=8, act_bits=8, head_bits=8),
         replace(_BASE, name="w3a4", weight_bits=3),
         replace(_BASE, name="w3a3", weight_bits=3, act_bits=3),
         replace(_BASE, name="w2a4", weight_bits=2),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SYMMETRIC_ZERO = {2: 1.5, 3: 4.0, 4: 8.0}  # csrc/core/formats.h says why
-CONTAINER_BITS = {2: 2, 3: 4, 4: 4}
+SYMMETRIC_ZERO = {2: 1.5, 3: 4.0, 4: 8.0, 8: 128.0}  # csrc/core/formats.h says why
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
     """Pack weight codes, lowest bits first: uint8 [N, K], each < 2**bits -> uint8 [N, K·c/8].
 
-    c is 2 for 2 bits and 4 for 3 and 4 bits. csrc/core/formats.h draws the bytes.
+    c is 2 for 2 bits, 4 for 3 and 4, 8 for 8. csrc/core/formats.h draws the bytes.
     """
     container = CONTAINER_BITS[bits]
     per_byte = 8 // container

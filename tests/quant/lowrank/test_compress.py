@@ -119,7 +119,7 @@ def test_a_branch_brings_the_layer_closer_and_more_bits_in_it_closer_still() -> 
     want = model(tokens).logits
 
     def error(low_rank: LowRank | None) -> float:
-        recipe = replace(RECIPES["w2a8"], head=False, low_rank=low_rank)
+        recipe = replace(RECIPES["w2a8"], head_bits=16, low_rank=low_rank)
         made = quantize(tiny_model("llama", **SIZES), None, recipe, tokens, batch=4)
         return float((made(tokens).logits - want).norm() / want.norm())
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from saltire.errors import SaltireError
 from saltire.models.adapters import Adapter
+from saltire.ops.lowbit_gemm import CONTAINER_BITS
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.layer import check_activations, finite_linear
@@ -59,7 +60,7 @@ class LayerSpectrum:
 
 
 def _weight_bytes(N: int, K: int, bits: int) -> int:
-    return N * K * (2 if bits == 2 else 4) // 8 + N * SCALE_BYTES
+    return N * K * CONTAINER_BITS[bits] // 8 + N * SCALE_BYTES
 
 
 def _lower_hull(
