@@ -124,10 +124,10 @@ def share_of_peak(
 
 
 def measure_shape(report: Report, native: Native, N: int, K: int, seconds: float) -> None:
-    """Decode, a small batch and prefill of one layer in both widths."""
+    """Decode, a small batch and prefill of one layer in every width."""
     suffix = "" if N == K else f"_k{K}_n{N}"
     torch_seconds = 0.0 if report.quick else seconds
-    for bits, group in ((4, 128), (2, 128), (4, 0), (2, 0)):
+    for bits, group in ((4, 128), (2, 128), (8, 128), (4, 0), (2, 0)):
         name = f"w{bits}" + ("" if group else "_channel")
         for M in (1, 8, 512):
             if not group and M == 8:

@@ -16,7 +16,7 @@ from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.learning.losses import LOSSES, token_loss
 from saltire.quant.learning.straight_through import round_tokens
 from saltire.quant.learning.tuned_linear import TunedInput, TunedLinear
-from saltire.quant.recipe import EFFORTS, Learning, parse_recipe, with_effort
+from saltire.quant.recipe import EFFORTS, Learning, LowRank, parse_recipe, with_effort
 from saltire.quant.transforms import starting_transform
 from saltire.reference.transform_quantize import quantize as round_reference
 from tests.tiny import random_tokens, tiny_model
@@ -121,6 +121,29 @@ def test_the_end_to_end_step_brings_the_model_nearer_to_its_teacher_and_keeps_co
     assert isinstance(after, QuantLinear)
     assert torch.equal(after.checkpoint_weight()[0], before)
     assert after.bias is not None
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_end_to_end_step_keeps_a_branch_and_learns_its_scales(bits) -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 16, 64)
+    adapter = adapter_for(model.config)
+    teacher = Teacher.of(model, adapter, tokens)
+    low_rank = LowRank("residual", 1.4, branch_bits=bits)
+    quantize(model, None, replace(RECIPES["w2a4"], head_bits=16, low_rank=low_rank), tokens)
+    name = "model.layers.1.mlp.gate_proj"
+    before, want = model.get_submodule(name), model(tokens).logits
+    assert before.format.rank > 0
+    tune(model, adapter, teacher, epochs=3, rate=3.0)  # far too fast: all of it is undone
+    assert (model(tokens).logits - want).norm() < 0.01 * want.norm()
+    losses = tune(model, adapter, teacher, epochs=4, rate=5e-3).losses
+    assert min(losses) < 0.95 * losses[0]
+    after = model.get_submodule(name)
+    x = torch.randn(5, 64)
+    product = after.multiply(after.quantized(x), torch.float32, x)
+    branch = (x @ after.low_rank_in) @ after.low_rank_out
+    assert branch.norm() > 0.01 * product.norm()
+    assert not torch.equal(after.low_rank_out, before.low_rank_out)
 
 
 def test_an_end_to_end_step_that_harms_is_undone() -> None:

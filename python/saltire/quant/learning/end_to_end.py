@@ -93,9 +93,10 @@ def tune(
     held, train = range(min(cut, n)), range(cut if n > 1 else 0, n)
     tuned = _install(model, adapter, learn_bias)
     inputs = list(dict.fromkeys(layer.shared for layer in tuned.values()))
+    branches = [layer.branch for layer in tuned.values() if layer.branch is not None]
     parameters = [
-        p for module in (*tuned.values(), *inputs) for p in module.parameters(recurse=False)
-        if p.requires_grad
+        p for module in (*tuned.values(), *inputs, *branches)
+        for p in module.parameters(recurse=False) if p.requires_grad
     ]  # fmt: skip
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(train), rate / 20)

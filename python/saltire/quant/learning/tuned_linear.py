@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saltire import ops
 from saltire.nn.linear_format import SCALE_DTYPES
 from saltire.nn.quant_linear import QuantLinear
+from saltire.quant.learning.tuned_branch import TunedBranch
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
 
@@ -77,7 +78,8 @@ class _RoundInput(torch.autograd.Function):
 
 
 class TunedLinear(nn.Module):
-    """``y = x̂ · (scale ∘ (codes - zero))ᵀ + bias``; learns log of the scales, and the bias.
+    """``y = x̂ · (scale ∘ (codes - zero))ᵀ + branch(x) + bias``; learns log of the scales, and the
+    bias.
 
     Backward passes run on the integer kernels too where a scale spans a whole row: the gradient of
     the outputs, times the scales, is rounded to 8 bits a token and multiplied by the codes.
@@ -97,11 +99,14 @@ class TunedLinear(nn.Module):
             requires_grad=learn_bias,
         )
         self.has_bias = learn_bias or bias is not None
+        self.branch = None if like.branch_in is None else TunedBranch(like)
         self._transposed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         rounded, codes, scale, sums = self.shared(x)
         y = _Product.apply(rounded, self.log_scale.exp(), (codes, scale, sums), self)
+        if self.branch is not None:
+            y = y + self.branch(x.flatten(0, -2), self.shared.log_diag.exp())
         if self.has_bias:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -135,6 +140,8 @@ class TunedLinear(nn.Module):
             None if m is None else m.clone() for m in (self.shared.left, self.shared.right)
         )
         new.bias = self.bias.detach().clone() if self.has_bias else None
+        if self.branch is not None:
+            self.branch.put_into(new)
         return new
 
 

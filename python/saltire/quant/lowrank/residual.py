@@ -1,8 +1,8 @@
 """A quantised weight with a branch of low rank for what it lost (Q + LR).
 
 Sources: LQER, EoRA (the whitened residual), CALDERA (both in turns). The branch's factors are
-quantised too, with DAM's diagonal or rotation between them; the weight is rounded last, so that it
-makes up for the branch's rounding as well.
+quantised too, with DAM's diagonal or rotation between them; the branch is fitted last, to what the
+rounded weight lost.
 """
 
 from __future__ import annotations
