@@ -31,7 +31,8 @@ class TunedBranch(nn.Module):
         down, up = (_values(stored, bits) for stored in self.stored)
         # (x ∘ d)·O·Lᵀ = (x ∘ d)·(L·Oᵀ)ᵀ: the orthogonal part of the transform goes to the factor.
         left, right = (None if m is None else m.T.contiguous() for m in (like.left, like.right))
-        self.register_buffer("down", ops.transform(down, hadamard=f.hadamard, left=left, right=right))
+        down = ops.transform(down, hadamard=f.hadamard, left=left, right=right)
+        self.register_buffer("down", down)
         self.register_buffer("up", up)
         self.log_in, self.log_out = (
             nn.Parameter(torch.zeros(len(stored)) if scale is None else scale.log())
