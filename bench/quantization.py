@@ -8,7 +8,8 @@ w4a4_ppl_ratio (<= 1.22), kronecker_ppl_ratio (<= 1.578, FlatQuant's own), w2a4_
 (<= 2,400), fast_seconds (<= 180). The full run uses three seeds, the whole file at a context of
 2,048, and adds the ablations; it takes hours. ``--anchors``: one seed, 12 windows of 1,024, on
 which FlatQuant's own code gave 36.07 against 22.86 in fp32. ``--quick``: one seed, less text, fewer
-steps, the same method. Without --data (or SALTIRE_DATA) the embedded texts take WikiText-2's place.
+steps, the same method; ``--only`` finds the ablations too. Without --data (or SALTIRE_DATA) the
+embedded texts take WikiText-2's place.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def main() -> None:
         length=size.context,
     )
     fp32 = perplexity(original, test).value
-    cases = [*headline(size), *([] if options.quick else ablations(size))]
+    whole = options.only or not options.quick
+    cases = [*headline(size), *(ablations(size) if whole else [])]
     wanted = options.only.split(",")
     found: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
