@@ -107,6 +107,24 @@ def test_gradients_through_the_kernels_are_those_of_the_dense_product(bits, grou
     assert tuned.shared.log_diag.grad.norm() > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_what_is_learned_of_a_branch_is_what_is_stored(bits) -> None:
+    model = tiny_model("llama")
+    low_rank = LowRank("residual", 1.4, branch_bits=bits)
+    recipe = replace(RECIPES["w4a8"], head_bits=16, low_rank=low_rank)
+    quantize(model, None, recipe, random_tokens(model, 4, 64))
+    layer = model.get_submodule("model.layers.0.mlp.gate_proj")
+    assert layer.diag.std() > 0.01 * layer.diag.mean()
+    tuned = TunedLinear(layer, TunedInput(layer), learn_bias=True)
+    x = torch.randn(40, 64)
+    torch.testing.assert_close(tuned(x), layer(x), rtol=1e-3, atol=1e-3)
+    for parameter in (*tuned.parameters(),):
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.shared.forget()
+    torch.testing.assert_close(tuned.result()(x), tuned(x), rtol=2e-3, atol=2e-3)
+
+
 def test_the_end_to_end_step_brings_the_model_nearer_to_its_teacher_and_keeps_codes() -> None:
     model = tiny_model("qwen2")
     tokens = random_tokens(model, 16, 64)

@@ -67,7 +67,7 @@ def test_a_budget_is_kept_and_more_of_it_is_better(tmp_path: Path) -> None:
     tokens = random_tokens(tiny_model("llama", **SIZES), 8, 32)
     want = tiny_model("llama", **SIZES)(tokens).logits.detach()
     errors = []
-    for bits in (2.6, 3.6, 4.6):
+    for bits in (2.6, 3.6, 4.6, 7.0):
         model = tiny_model("llama", **SIZES)
         quantize(model, None, replace(RECIPES["w4a8"], bits_per_weight=bits), tokens, batch=4)
         with torch.no_grad():
@@ -78,8 +78,8 @@ def test_a_budget_is_kept_and_more_of_it_is_better(tmp_path: Path) -> None:
                 packed, scale, _ = module.checkpoint_weight()
                 used += packed.nbytes + scale.nbytes
                 weights += module.in_features * module.out_features
-        assert bits - 0.7 < 8 * used / weights <= bits
-    assert errors[0] > errors[1] > errors[2] > 0
+        assert bits - (2.0 if bits > 5 else 0.7) < 8 * used / weights <= bits
+    assert errors[0] > errors[1] > errors[2] > errors[3] > 0
 
 
 def test_a_budget_in_megabytes_bounds_the_file(tmp_path: Path) -> None:
