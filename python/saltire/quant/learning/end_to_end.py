@@ -22,6 +22,7 @@ WINDOW = 512  # tokens of one step: enough context, and activations that fit in 
 VOCABULARY = 8192  # candidates among which the losses compare teacher and student
 CHUNK = 256  # tokens whose logits are held at once
 PATIENCE = 2  # checks without gain before it stops
+MEMORY = 0.9  # of the mean of the parameters: some ten steps
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ def tune(
 ) -> Tuned:
     """Learn scales, diagonals and biases of every quantised linear, codes fixed; in place.
 
-    AdamW with a cosine, one window of 512 tokens a step. One window in eight is held out (at least
-    one), measured with KL after every epoch; the parameters of the best epoch are kept.
+    AdamW with a cosine, one window of 512 tokens a step. What is judged and kept is the mean of the
+    parameters over the last steps: a step flips many activations' codes, so that one set of
+    parameters is better or worse than the next by chance, and their mean is better than most. One
+    window in eight is held out (at least one), measured with KL after every epoch; the mean of the
+    best epoch is kept.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(teacher.windows)
@@ -109,6 +113,7 @@ def tune(
         return _backward(hidden, teacher.hidden[window], teacher, kind, learning)
 
     kept = [p.detach().clone() for p in parameters]
+    mean = [p.detach().clone() for p in parameters]
     frozen = [p for p in model.parameters() if p.requires_grad]
     learned = {id(p) for p in parameters}
     for p in frozen:
@@ -124,10 +129,13 @@ def tune(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 schedule.step()
+                torch._foreach_lerp_(mean, [p.detach() for p in parameters], 1 - MEMORY)
+            _swap(parameters, mean)
             losses.append(_mean(distance(w, "kl", False) for w in held))
             if losses[-1] <= min(losses):
                 kept, worse = [p.detach().clone() for p in parameters], 0
-            else:
+            _swap(parameters, mean)
+            if losses[-1] > min(losses):
                 worse += 1
                 if worse == PATIENCE:
                     break
@@ -139,6 +147,11 @@ def tune(
         for name, layer in tuned.items():
             put(model, name, layer.result())
     return Tuned(tuple(losses))
+
+
+def _swap(parameters: list[torch.nn.Parameter], others: list[Tensor]) -> None:
+    for parameter, other in zip(parameters, others, strict=True):
+        parameter.data, other.data = other.data, parameter.data
 
 
 def _install(model: PreTrainedModel, adapter: Adapter, learn_bias: bool) -> dict[str, TunedLinear]:
