@@ -11,6 +11,7 @@ from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import RECIPES, quantize
+from saltire.quant.learning import end_to_end
 from saltire.quant.learning.end_to_end import Teacher, tune
 from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.learning.losses import LOSSES, token_loss
@@ -162,6 +163,22 @@ def test_the_end_to_end_step_keeps_a_branch_and_learns_its_scales(bits) -> None:
     branch = (x @ after.low_rank_in) @ after.low_rank_out
     assert branch.norm() > 0.01 * product.norm()
     assert not torch.equal(after.low_rank_out, before.low_rank_out)
+
+
+def test_what_is_judged_and_kept_is_the_mean_of_the_steps(monkeypatch) -> None:
+    """A mean that never moves keeps the start, whatever the steps do."""
+    model = tiny_model("llama")
+    tokens = random_tokens(model, 16, 64)
+    adapter = adapter_for(model.config)
+    teacher = Teacher.of(model, adapter, tokens)
+    quantize(model, None, replace(RECIPES["w2a4"], head_bits=16), tokens)
+    want = model(tokens).logits
+    monkeypatch.setattr(end_to_end, "MEMORY", 1.0)
+    losses = tune(model, adapter, teacher, epochs=2, rate=5e-3).losses
+    assert losses == pytest.approx([losses[0]] * 3)
+    assert (model(tokens).logits - want).norm() < 0.01 * want.norm()
+    monkeypatch.setattr(end_to_end, "MEMORY", 0.8)
+    assert min(tune(model, adapter, teacher, epochs=2, rate=5e-3).losses) < 0.95 * losses[0]
 
 
 def test_an_end_to_end_step_that_harms_is_undone() -> None:

@@ -22,7 +22,8 @@ WINDOW = 512  # tokens of one step: enough context, and activations that fit in 
 VOCABULARY = 8192  # candidates among which the losses compare teacher and student
 CHUNK = 256  # tokens whose logits are held at once
 PATIENCE = 2  # checks without gain before it stops
-MEMORY = 0.9  # of the mean of the parameters: some ten steps
+MEMORY = 0.8  # of the mean of the parameters: some five steps
+NOISE = 0.15  # share by which the loss of one held-out window differs by chance alone
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Tuned:
-    """losses: on held-out windows, before and after each epoch; what is kept is the least."""
+    """losses: on held-out windows, before and after each epoch, of the mean of the parameters."""
 
     losses: tuple[float, ...]
 
@@ -88,8 +89,8 @@ def tune(
     AdamW with a cosine, one window of 512 tokens a step. What is judged and kept is the mean of the
     parameters over the last steps: a step flips many activations' codes, so that one set of
     parameters is better or worse than the next by chance, and their mean is better than most. One
-    window in eight is held out (at least one), measured with KL after every epoch; the mean of the
-    best epoch is kept.
+    window in eight is held out (at least one), measured with KL after every epoch. A later epoch
+    counts as better unless its loss is above the best one by more than chance.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(teacher.windows)
@@ -132,13 +133,13 @@ def tune(
                 torch._foreach_lerp_(mean, [p.detach() for p in parameters], 1 - MEMORY)
             _swap(parameters, mean)
             losses.append(_mean(distance(w, "kl", False) for w in held))
-            if losses[-1] <= min(losses):
-                kept, worse = [p.detach().clone() for p in parameters], 0
+            better = losses[-1] <= min(losses) * (1 + NOISE / len(held) ** 0.5)
+            if better:
+                kept = [p.detach().clone() for p in parameters]
             _swap(parameters, mean)
-            if losses[-1] > min(losses):
-                worse += 1
-                if worse == PATIENCE:
-                    break
+            worse = 0 if better else worse + 1
+            if worse == PATIENCE:
+                break
     finally:
         for p in frozen:
             p.requires_grad_(True)
