@@ -160,8 +160,7 @@ void multiply_tile(const Gemm& gemm, int64_t tile, int64_t block, int64_t most_s
   for (int64_t g = 0; g < layout.groups(); ++g, shift += rows) {
     __m256i dot[rows][4];
     for (int r = 0; r < rows; ++r) {
-      const int32_t first = -sum_centre(bits) * static_cast<int32_t>(shift[r]);
-      for (auto& quarter : dot[r]) quarter = _mm256_set1_epi32(first);
+      for (auto& quarter : dot[r]) quarter = _mm256_set1_epi32(first_sum(bits, shift[r]));
     }
     for (int64_t done = 0; done < group_steps;) {
       const int64_t left = group_steps - done;

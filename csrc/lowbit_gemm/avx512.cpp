@@ -35,16 +35,9 @@ using Sums = __m512i[rows][2];
 template <int... r>
 using Rows = std::integer_sequence<int, r...>;
 
-// What a row's sums of a group begin with.
-template <int bits>
-SALTIRE_INLINE __m512i first_sum(float shift) {
-  if constexpr (sum_centre(bits) == 0) return _mm512_setzero_si512();
-  return _mm512_set1_epi32(-sum_centre(bits) * static_cast<int32_t>(shift));
-}
-
 template <int bits, int... r>
 SALTIRE_INLINE void begin(Sums<sizeof...(r)>& sum, const float* shift, Rows<r...>) {
-  ((sum[r][0] = sum[r][1] = first_sum<bits>(shift[r])), ...);
+  ((sum[r][0] = sum[r][1] = _mm512_set1_epi32(first_sum(bits, shift[r]))), ...);
 }
 
 // Written out because GCC 12 has no pattern for vpdpbusd with a broadcast from memory: it loads the

@@ -20,6 +20,12 @@ static inline float fma32(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
 
+// What a sum of a row begins with: -centre·Σ x. Wraps where the caller's x_sum is no sum of codes.
+static inline int32_t first_sum(int bits, float shift) {
+  const int64_t first = -int64_t{sum_centre(bits)} * static_cast<int64_t>(shift);
+  return static_cast<int32_t>(static_cast<uint32_t>(first));
+}
+
 static inline void store_half(const float* y, uint16_t* out, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)

@@ -59,7 +59,7 @@ void gemm_ref(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t 
         for (int64_t r = 0; r < rows; ++r) {
           const float shift = gemm.shift[row0 * layout.groups() + g * rows + r];
           int32_t dot[kBlock];
-          for (int32_t& sum : dot) sum = -centre * static_cast<int32_t>(shift);
+          for (int32_t& sum : dot) sum = first_sum(layout.bits, shift);
           const int8_t* x = gemm.x + row0 * layout.k + (g * layout.group * rows) + r * 4;
           for (int64_t k = 0; k < layout.group; ++k) {
             const int32_t xk = x[k / 4 * rows * 4 + k % 4];
