@@ -23,13 +23,13 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import functools
 import json
 import os
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,23 +73,17 @@ class Bench:
         self.test = evaluation_tokens(test, tokenizer, windows=windows, length=1024)
         self.adapter = adapter_for(model.config)
 
-    @functools.cached_property
+    @cached_property
     def fp32(self) -> float:
         return perplexity(load_model()[0], self.test).value
 
-    @functools.cached_property
+    @cached_property
     def layers(self) -> dict[str, LayerSpectrum]:
         return spectra(load_model()[0], self.adapter, self.tokens, 2)
 
     @property
     def w4(self) -> int:
         return sum(layer.w4_bytes() for layer in self.layers.values())
-
-    @functools.cache  # noqa: B019 (one bench a process)
-    def whole(self, name: str) -> float:
-        """Perplexity of a recipe without any low rank."""
-        recipe = replace(RECIPES[name], head_bits=16)
-        return self.measure(f"{name}, whole", recipe.weight_bits / 4, recipe, {})
 
     @torch.no_grad()
     def measure(self, name: str, share: float, recipe: Recipe | None, ranks: Ranks) -> float:
@@ -144,10 +138,14 @@ def truncate_group(
             linear.weight.data = low.weight().float()
 
 
+def factors_at(share: float) -> Recipe:
+    """How both factors are quantised under a share of W4's bytes."""
+    return replace(RECIPES["w8a8" if share > 1 else "w4a4"], head_bits=16)
+
+
 def factored_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
-    """L -> Q in every split, Q -> L, at one budget, beside the whole weights in as many bits."""
-    name = "w8a8" if share > 1 else "w4a4"
-    base = replace(RECIPES[name], head_bits=16)
+    """L -> Q in every split, Q -> L, at one budget."""
+    base = factors_at(share)
     ranks = allocate(bench.layers, share, base.weight_bits)
     whole = sum(rank is None for rank in ranks.values())
     print(f"share {share}: {whole} of {len(ranks)} linears are kept whole")
@@ -156,7 +154,6 @@ def factored_table(bench: Bench, share: float, quick: bool) -> dict[str, float]:
         low_rank = LowRank("factored", share, gauge, quantise_first=first)  # type: ignore[arg-type]
         return bench.measure(name, share, replace(base, low_rank=low_rank), ranks)
 
-    bench.whole(name)
     low = bench.measure("low rank, not quantised", share, None, ranks)
     naive = run("L->Q naive, U|ΣV turned: Σ in the first factor", "down")
     first = run("Q->L naive", "down", first=True)
@@ -284,7 +281,10 @@ def main() -> None:
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts {options.parts}; expected some of {','.join(PARTS)}")
     chosen = options.shares or ("0.8" if options.quick else "0.8,0.6,0.4,1.6")
-    shares = [float(share) for share in chosen.split(",")]
+    try:
+        shares = [float(share) for share in chosen.split(",")]
+    except ValueError:
+        parser.error(f"--shares {chosen}; expected numbers like 0.6,0.4")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     stamp: dict[str, object] = {
@@ -302,8 +302,10 @@ def main() -> None:
         bench = Bench(Path(options.data) / "wikitext-2" if options.data else None, stamp)
         if "residual" in parts:
             keys |= residual_table(bench, 0.8, options.quick)
-        for share in shares:
-            if "factored" in parts:
+        if "factored" in parts:
+            for base in dict.fromkeys(factors_at(share) for share in shares):
+                bench.measure(f"{base.name}, whole", base.weight_bits / 4, base, {})
+            for share in shares:
                 keys |= factored_table(bench, share, options.quick)
         if "seeds" in parts:
             keys |= seeds(bench)

@@ -34,13 +34,11 @@ SALTIRE_INLINE __m256i unpack(__m256i line) {
   return _mm256_and_si256(q == 0 ? line : _mm256_srli_epi16(line, q * container), mask);
 }
 
-// Steps of 8-bit codes between the passes over a step's two lines: 8 KB, which stay in L1.
-constexpr int64_t kStepsOfBytes = 64;
-
-// Steps of codes whose products can be added in 16 bits: 32767 over the largest pair, times the
-// quads of a step.
-int64_t steps_in_16_bits(const Gemm& gemm) {
-  if (gemm.layout.bits == 8) return kStepsOfBytes;
+// Steps of one pass over first lines, then second: as many as can be added in 16 bits, 32767 over
+// the largest pair, times the quads of a step. 8-bit codes are added in 32 bits; 8 KB of them stay
+// in L1.
+int64_t steps_of_a_pass(const Gemm& gemm) {
+  if (gemm.layout.bits == 8) return 64;
   const int64_t largest_weight = (1 << container_bits(gemm.layout.bits)) - 1;
   const int64_t largest_pair = 2 * largest_weight * (int64_t{1} << (gemm.act_bits - 1));
   return 32767 / largest_pair / (gemm.layout.step_k() / 4);
@@ -75,8 +73,8 @@ SALTIRE_INLINE void multiply_quad(const uint8_t* w, const int8_t* x, Sums<sizeof
   (multiply_row(sum[r], w0, w1, x + 4 * (q * static_cast<int>(sizeof...(r)) + r)), ...);
 }
 
-// As multiply_half, for weights of 8 bits: a line is 16 outputs x 4 inputs, multiplied as pairs of
-// inputs 0 and 2, then 1 and 3, which vpmaddwd adds into 32 bits.
+// 8-bit codes, or four activations, as 16-bit inputs 0 and 2, and 1 and 3: pairs that vpmaddwd
+// multiplies and adds into 32 bits.
 struct Bytes {
   __m256i even, odd;
 };
@@ -99,6 +97,7 @@ SALTIRE_INLINE Bytes widen_bytes(__m256i line) {
   return {_mm256_and_si256(line, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(line, 8)};
 }
 
+// multiply_half for weights of 8 bits.
 template <int... r>
 SALTIRE_INLINE void multiply_half_of_bytes(const uint8_t* w, const int8_t* x, int64_t steps,
                                            __m256i* dot, Rows<r...>) {
@@ -208,7 +207,7 @@ TileKernel tile_kernel(int64_t rows) {
 
 void gemm_avx2(const Gemm& gemm, int64_t block_begin, int64_t block_end, int64_t tile_begin,
                int64_t tile_end) {
-  const int64_t most_steps = steps_in_16_bits(gemm);
+  const int64_t most_steps = steps_of_a_pass(gemm);
   for (int64_t block = block_begin; block < block_end; ++block) {
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t rows = gemm.tiles.begin(tile + 1) - gemm.tiles.begin(tile);

@@ -1,6 +1,6 @@
-// What follows the sums, one source for every instruction set: each kernel file compiles its own
-// copy with its own flags (everything here is `static`, so no copy leaks into another file), and
-// the explicit fma and -ffp-contract=off make all copies give the same bits.
+// What comes before and after the sums, one source for every instruction set: each kernel file
+// compiles its own copy with its own flags (everything here is `static`, so no copy leaks into
+// another file), and the explicit fma and -ffp-contract=off make all copies give the same bits.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -90,6 +90,19 @@ def test_quantize_then_eval_then_generate(plain: Path, tmp_path: Path) -> None:
     assert 1 <= written["new_tokens"] <= 5
 
 
+@pytest.mark.parametrize(("option", "bits"), [((), 4), (("--head-bits", 8), 8)])
+def test_quantize_gives_the_head_the_bits_it_is_asked_for(
+    plain: Path, tmp_path: Path, option: tuple[object, ...], bits: int
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    out = tmp_path / "out"
+    size = ("--calibration", text, "--samples", 2, "--length", 32)
+    json_of("quantize", plain, out, *size, *option)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["layers"]["lm_head"]["weight_bits"] == bits
+
+
 def test_generation_is_repeatable_by_seed(packed: Path) -> None:
     options = ("generate", packed, "Hello", "--max-new-tokens", 8, "--temperature", 1.0)
     one, same, other = (json_of(*options, "--seed", seed)["text"] for seed in (1, 1, 2))

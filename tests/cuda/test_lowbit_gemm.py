@@ -24,6 +24,7 @@ TOKENS = [1, 2, 3, 4, 5, 16, 31, 64, 65, 500, 2048]
 FORMATS = [  # bits, group, act_bits, zero points
     (4, 0, 4, False), (4, 128, 4, False), (4, 128, 8, True), (4, 64, 8, False), (4, 32, 4, False),
     (3, 128, 4, False), (2, 64, 4, False), (2, 32, 8, True), (2, 0, 8, False), (4, 0, 8, True),
+    (8, 0, 8, False), (8, 128, 4, False), (8, 64, 8, True),
 ]  # fmt: skip
 
 

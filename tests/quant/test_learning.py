@@ -120,7 +120,7 @@ def test_what_is_learned_of_a_branch_is_what_is_stored(bits) -> None:
     tuned = TunedLinear(layer, TunedInput(layer), learn_bias=True)
     x = torch.randn(40, 64)
     torch.testing.assert_close(tuned(x), layer(x), rtol=1e-3, atol=1e-3)
-    for parameter in (*tuned.parameters(),):
+    for parameter in tuned.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     tuned.shared.forget()
     torch.testing.assert_close(tuned.result()(x), tuned(x), rtol=2e-3, atol=2e-3)

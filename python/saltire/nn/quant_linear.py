@@ -166,14 +166,16 @@ class QuantLinear(nn.Module):
         """Take the stored factors to float32, the first back into the basis of x."""
         assert self.branch_in is not None
         assert self.branch_out is not None
-        bits, f = self.format.rank_bits, self.format
-        # T(x) = (x ∘ d)·O with O orthogonal, so T(x)·Lᵀ = x·(d ∘ (L·Oᵀ))ᵀ.
-        left, right = (None if m is None else m.T.contiguous() for m in (self.left, self.right))
-        down = decode_rows(self.branch_in, self.branch_in_scale, bits)
-        down = ops.transform(down, hadamard=f.hadamard, left=left, right=right)
+        bits = self.format.rank_bits
+        down = self.before_rotation(decode_rows(self.branch_in, self.branch_in_scale, bits))
         down = down if self.diag is None else down * self.diag
         self.low_rank_in = down.T.contiguous()
         self.low_rank_out = decode_rows(self.branch_out, self.branch_out_scale, bits).T.contiguous()
+
+    def before_rotation(self, rows: Tensor) -> Tensor:
+        """Rows L of a factor that reads T(x) = (x ∘ d)·O, as L·Oᵀ: T(x)·Lᵀ = (x ∘ d)·(L·Oᵀ)ᵀ."""
+        left, right = (None if m is None else m.T.contiguous() for m in (self.left, self.right))
+        return ops.transform(rows, hadamard=self.format.hadamard, left=left, right=right)
 
     def checkpoint_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The packed codes, scales and zero points in the checkpoint layout."""

@@ -94,8 +94,8 @@ class Recipe:
     that is the head too stays if the head does. low_rank: join it with a low-rank decomposition of
     the linears in the blocks. kv_bits: of the keys and values that the model keeps: 8, 4 or 2, or
     16 for as they come. bits_per_weight: deal out 2, 4 and 8 bits to the linears of the blocks
-    within so many on average, scales counted; budget_mb: within so
-    many megabytes of all weights (``mixed``); 0: all alike.
+    within so many on average, scales counted; budget_mb: within so many megabytes of all weights
+    (``mixed``); 0: all alike.
     """
 
     name: str

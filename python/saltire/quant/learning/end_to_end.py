@@ -130,7 +130,8 @@ def tune(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 schedule.step()
-                torch._foreach_lerp_(mean, [p.detach() for p in parameters], 1 - MEMORY)
+                for average, p in zip(mean, parameters, strict=True):
+                    average.lerp_(p.detach(), 1 - MEMORY)
             _swap(parameters, mean)
             losses.append(_mean(distance(w, "kl", False) for w in held))
             better = losses[-1] <= min(losses) * (1 + NOISE / len(held) ** 0.5)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saltire import ops
-from saltire.nn.quant_linear import QuantLinear
+from saltire.nn.quant_linear import QuantLinear, decode_rows
 
 
 class TunedBranch(nn.Module):
@@ -24,15 +23,13 @@ class TunedBranch(nn.Module):
 
     def __init__(self, like: QuantLinear) -> None:
         super().__init__()
-        f, bits = like.format, like.format.rank_bits
+        bits = like.format.rank_bits
         assert like.branch_in is not None
         assert like.branch_out is not None
         self.stored = like.branch_in, like.branch_out
-        down, up = (_values(stored, bits) for stored in self.stored)
-        # (x ∘ d)·O·Lᵀ = (x ∘ d)·(L·Oᵀ)ᵀ: the orthogonal part of the transform goes to the factor.
-        left, right = (None if m is None else m.T.contiguous() for m in (like.left, like.right))
-        down = ops.transform(down, hadamard=f.hadamard, left=left, right=right)
-        self.register_buffer("down", down)
+        # What the codes count, before their scales.
+        down, up = (decode_rows(s, torch.ones(len(s)), bits) for s in self.stored)
+        self.register_buffer("down", like.before_rotation(down))
         self.register_buffer("up", up)
         self.log_in, self.log_out = (
             nn.Parameter(torch.zeros(len(stored)) if scale is None else scale.log())
@@ -57,8 +54,3 @@ class TunedBranch(nn.Module):
             )
         else:
             layer.branch_in_scale, layer.branch_out_scale = scales
-
-
-def _values(stored: Tensor, bits: int) -> Tensor:
-    """What the codes of a factor count, before their scales: float32 [rows, n]."""
-    return ops.unpack_weight(stored, 4).float() - 8 if bits == 4 else stored.float()
