@@ -6,10 +6,36 @@
 #include "lowbit_gemm/op.h"
 
 namespace saltire::lowbit_gemm {
-// Code of input k in a row of the checkpoint layout.
-inline uint8_t code_at(const uint8_t* row, int64_t k, int container) {
-  const int64_t bit = k * container;
-  return static_cast<uint8_t>((row[bit / 8] >> (bit % 8)) & ((1 << container) - 1));
+// Nibble j of the low half -> low nibble of byte j; gather is the way back.
+inline uint32_t spread(uint32_t x) {
+  x = (x | x << 8) & 0x00FF00FFu;
+  return (x | x << 4) & 0x0F0F0F0Fu;
+}
+
+inline uint32_t gather(uint32_t x) {
+  x &= 0x0F0F0F0Fu;
+  x = (x | x >> 4) & 0x00FF00FFu;
+  return (x | x >> 8) & 0xFFFFu;
+}
+
+// 16 codes of two bits, seen as a matrix of 4 by 4 -> its transpose.
+inline uint32_t transpose_crumbs(uint32_t x) {
+  uint32_t moved = (x ^ x >> 6) & 0x00CC00CCu;
+  x ^= moved ^ moved << 6;
+  moved = (x ^ x >> 12) & 0x0000F0F0u;
+  return x ^ moved ^ moved << 12;
+}
+
+// Four bytes of a row of the checkpoint layout, a step's inputs of one output -> its four bytes in
+// a line, where byte i holds the codes of inputs i, 4 + i, ...
+inline uint32_t to_line(uint32_t word, int container) {
+  if (container == 4) return spread(word & 0xFFFFu) | spread(word >> 16) << 4;
+  return container == 2 ? transpose_crumbs(word) : word;
+}
+
+inline uint32_t from_line(uint32_t word, int container) {
+  if (container == 4) return gather(word) | gather(word >> 4) << 16;
+  return container == 2 ? transpose_crumbs(word) : word;
 }
 
 // Copies the 32 table entries of group g to or from rows [row0, row0 + rows) of [N, K / G].
@@ -131,7 +157,6 @@ inline void prepack_blocks(const WeightLayout& layout, const uint8_t* packed, co
                            const void* zero, uint8_t* buffer, int64_t begin, int64_t end) {
   const int container = container_bits(layout.bits);
   const int64_t row_bytes = layout.k * container / 8;
-  const int64_t quads = 8 / container;  // sets of four inputs that share a byte
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row0 = block * kBlock;
     const int64_t rows = layout.n - row0 < kBlock ? layout.n - row0 : kBlock;
@@ -140,16 +165,12 @@ inline void prepack_blocks(const WeightLayout& layout, const uint8_t* packed, co
     for (int64_t g = 0; g < layout.groups(); ++g) {
       const int64_t steps = layout.group / layout.step_k();
       for (int64_t step = 0; step < steps; ++step, out += 2 * kLine) {
-        const int64_t k0 = g * layout.group + step * layout.step_k();
+        const int64_t byte0 = (g * layout.group + step * layout.step_k()) * container / 8;
         for (int64_t o = 0; o < rows; ++o) {
-          const uint8_t* row = packed + (row0 + o) * row_bytes;
-          for (int64_t i = 0; i < 4; ++i) {
-            int byte = 0;
-            for (int64_t q = 0; q < quads; ++q) {
-              byte |= code_at(row, k0 + 4 * q + i, container) << (q * container);
-            }
-            out[o / 16 * kLine + o % 16 * 4 + i] = static_cast<uint8_t>(byte);
-          }
+          uint32_t word = 0;
+          std::memcpy(&word, packed + (row0 + o) * row_bytes + byte0, sizeof(word));
+          word = to_line(word, container);
+          std::memcpy(out + o / 16 * kLine + o % 16 * 4, &word, sizeof(word));
         }
       }
       copy_table<true>(layout, out, const_cast<void*>(scale), row0, rows, g);
@@ -166,28 +187,20 @@ inline void unprepack_blocks(const WeightLayout& layout, const uint8_t* buffer, 
                              void* scale, void* zero, int64_t begin, int64_t end) {
   const int container = container_bits(layout.bits);
   const int64_t row_bytes = layout.k * container / 8;
-  const int64_t per_byte = 8 / container;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row0 = block * kBlock;
     const int64_t rows = layout.n - row0 < kBlock ? layout.n - row0 : kBlock;
     const uint8_t* in = buffer + sizeof(Header) + block * layout.block_bytes();
     for (int64_t g = 0; g < layout.groups(); ++g) {
-      for (int64_t o = 0; o < rows; ++o) {
-        uint8_t* row = packed + (row0 + o) * row_bytes + g * layout.group / per_byte;
-        const uint8_t* column = in + o / 16 * kLine + o % 16 * 4;
-        for (int64_t j = 0; j < layout.group / per_byte; ++j) {
-          int byte = 0;
-          for (int64_t i = 0; i < per_byte; ++i) {
-            const int64_t k = j * per_byte + i;
-            const int64_t in_step = k % layout.step_k();
-            const uint8_t line = column[k / layout.step_k() * 2 * kLine + in_step % 4];
-            const int code = (line >> (in_step / 4 * container)) & ((1 << container) - 1);
-            byte |= code << (i * container);
-          }
-          row[j] = static_cast<uint8_t>(byte);
+      for (int64_t step = 0; step < layout.group / layout.step_k(); ++step, in += 2 * kLine) {
+        const int64_t byte0 = (g * layout.group + step * layout.step_k()) * container / 8;
+        for (int64_t o = 0; o < rows; ++o) {
+          uint32_t word = 0;
+          std::memcpy(&word, in + o / 16 * kLine + o % 16 * 4, sizeof(word));
+          word = from_line(word, container);
+          std::memcpy(packed + (row0 + o) * row_bytes + byte0, &word, sizeof(word));
         }
       }
-      in += layout.code_bytes();
       copy_table<false>(layout, const_cast<uint8_t*>(in), scale, row0, rows, g);
       in += layout.table_bytes();
       if (layout.has_zero) {

@@ -16,10 +16,11 @@ from saltire.quant.learning.end_to_end import Teacher, tune
 from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.learning.losses import LOSSES, token_loss
 from saltire.quant.learning.straight_through import round_tokens
-from saltire.quant.learning.tuned_linear import TunedInput, TunedLinear
+from saltire.quant.learning.tuned_linear import PART, TunedInput, TunedLinear
 from saltire.quant.recipe import EFFORTS, Learning, LowRank, parse_recipe, with_effort
 from saltire.quant.transforms import starting_transform
 from saltire.reference.transform_quantize import quantize as round_reference
+from saltire.reference.transform_quantize import transform as transform_reference
 from tests.tiny import random_tokens, tiny_model
 
 W4A4 = RECIPES["w4a4"]
@@ -90,9 +91,12 @@ def test_gradients_through_the_kernels_are_those_of_the_dense_product(bits, grou
     quantize(model, None, recipe, random_tokens(model, 4, 64))
     layer = model.get_submodule("model.layers.0.mlp.gate_proj")
     tuned = TunedLinear(layer, TunedInput(layer), learn_bias=True)
-    x = torch.randn(40, 64)
+    x = torch.randn(2 * PART + 40, 64).requires_grad_()
     y = tuned(x)
     torch.testing.assert_close(y.detach(), layer(x).detach(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        tuned.bias.normal_()
+    y = tuned(x)
     dy = torch.randn_like(y)
     y.backward(dy)
 
@@ -105,7 +109,18 @@ def test_gradients_through_the_kernels_are_those_of_the_dense_product(bits, grou
         tuned.log_scale.grad, levels.grad * levels.detach(), rtol=2e-3, atol=2e-3
     )
     torch.testing.assert_close(tuned.bias.grad, dy.sum(0))
-    assert tuned.shared.log_diag.grad.norm() > 0
+
+    diag, f = tuned.shared.log_diag.detach().exp().requires_grad_(), layer.format
+    kept = x.detach().clone().requires_grad_()
+    how = {"hadamard": f.hadamard, "left": layer.left, "right": layer.right}
+    rotated = transform_reference(kept.double(), diag.double(), **how)
+    top = tuned.shared(x)[2][:, None] * 7.5
+    inside = rotated.abs() <= top
+    assert 0 < (~inside).sum() < 0.1 * inside.numel()
+    weight = (centred * levels[..., None]).flatten(1).detach().double()
+    rotated.backward((dy.double() @ weight) * inside)
+    for got, want in ((x.grad, kept.grad), (tuned.shared.log_diag.grad, diag.grad * diag)):
+        assert (got - want).norm() < 0.01 * want.norm()
 
 
 @torch.no_grad()

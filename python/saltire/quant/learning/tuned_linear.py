@@ -17,6 +17,8 @@ from saltire.nn.quant_linear import QuantLinear
 from saltire.quant.learning.tuned_branch import TunedBranch
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
+PART = 128  # rows that a backward pass takes at once
+
 
 class TunedInput(nn.Module):
     """Transforms and rounds what linears of a group share; learns log D.
@@ -67,14 +69,21 @@ class _RoundInput(torch.autograd.Function):
         x, diag, scale = ctx.saved_tensors
         how: TunedInput = ctx.how
         f = how.format
-        y = ops.transform(x, diag=diag, hadamard=f.hadamard, left=how.left, right=how.right)
-        # A clipped value does not move its code; the scale is taken as given.
-        top = scale * (2 ** (f.act_bits - 1) - 0.5)
-        dy = torch.where(y.abs() <= top[:, None], gradients[0], 0.0)
         left, right = (None if m is None else m.T.contiguous() for m in (how.left, how.right))
-        dz = ops.transform(dy, hadamard=f.hadamard, left=left, right=right)
-        d_diag = (dz * x).sum(0) if ctx.needs_input_grad[1] else None
-        return dz * diag, d_diag, None
+        dx, d_diag = torch.empty_like(x), torch.zeros_like(diag)
+        for rows in _parts(len(x)):
+            part, dy = x[rows], gradients[0][rows]
+            if f.clip < 1:
+                # A clipped value does not move its code; the scale is taken as given.
+                y = ops.transform(
+                    part, diag=diag, hadamard=f.hadamard, left=how.left, right=how.right
+                )
+                top = scale[rows, None] * (2 ** (f.act_bits - 1) - 0.5)
+                dy = torch.where(y.abs_() <= top, dy, 0.0)
+            dz = ops.transform(dy, hadamard=f.hadamard, left=left, right=right)
+            torch.mul(dz, diag, out=dx[rows])
+            d_diag += dz.mul_(part).sum(0)
+        return dx, d_diag, None
 
 
 class TunedLinear(nn.Module):
@@ -104,11 +113,10 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rounded, codes, scale, sums = self.shared(x)
-        y = _Product.apply(rounded, self.log_scale.exp(), (codes, scale, sums), self)
+        bias = self.bias if self.has_bias else None
+        y = _Product.apply(rounded, self.log_scale.exp(), bias, (codes, scale, sums), self)
         if self.branch is not None:
             y = y + self.branch(x.flatten(0, -2), self.shared.log_diag.exp())
-        if self.has_bias:
-            y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
     def centred(self) -> Tensor:
@@ -148,44 +156,53 @@ class TunedLinear(nn.Module):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rounded: Tensor, scale: Tensor, tokens: tuple[Tensor, ...], layer: TunedLinear
+        ctx: Any,
+        rounded: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        tokens: tuple[Tensor, ...],
+        layer: TunedLinear,
     ) -> Tensor:
-        codes, x_scale, sums = tokens
-        ctx.save_for_backward(codes, x_scale, sums, scale)
+        f, (codes, x_scale, sums) = layer.format, tokens
+        weight = ops.prepack_weight(
+            layer.packed, scale.to(SCALE_DTYPES[f.scale_dtype]), layer.zero, f.weight_bits, f.group
+        )
+        y = ops.lowbit_gemm(
+            codes, x_scale, sums, weight, layer.out_features, f.weight_bits, f.group,
+            act_bits=f.act_bits, bias=bias, out_dtype=torch.float32,
+        )  # fmt: skip
         ctx.layer = layer
-        return _multiply(layer, codes, x_scale, sums, scale)
+        ctx.on_codes = scale.shape[1] == 1 and layer.zero is None and layer.out_features % 32 == 0
+        ctx.save_for_backward(codes, x_scale, scale, bias, y if ctx.on_codes else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes, x_scale, sums, scale = ctx.saved_tensors
+        codes, x_scale, scale, bias, y = ctx.saved_tensors
         layer: TunedLinear = ctx.layer
         dy = gradients[0].contiguous()
-        G = scale.shape[1]
-        if G == 1 and layer.zero is None and layer.out_features % 32 == 0:
-            y = _multiply(layer, codes, x_scale, sums, scale)
-            d_scale = ((dy * y).sum(0) / scale[:, 0])[:, None]
-            back = ops.transform_quantize(dy * scale[:, 0], 8)
-            dx = ops.lowbit_gemm(
-                *back, layer.transposed(), layer.in_features, layer.format.weight_bits, 0,
-                act_bits=8, out_dtype=torch.float32,
-            )  # fmt: skip
-            return dx, d_scale, None, None
-        centred = layer.centred()
-        grouped = centred.view(layer.out_features, G, -1)
+        d_bias = None if bias is None else dy.sum(0)
+        if ctx.on_codes:
+            dx = torch.empty(codes.shape, dtype=torch.float32)
+            d_scale = torch.zeros(layer.out_features)
+            weight, bits = layer.transposed(), layer.format.weight_bits
+            for rows in _parts(len(dy)):
+                part = dy[rows]
+                d_scale += (part * y[rows]).sum(0)
+                back = ops.transform_quantize(part, 8, diag=scale[:, 0])
+                dx[rows] = ops.lowbit_gemm(
+                    *back, weight, layer.in_features, bits, 0, act_bits=8, out_dtype=torch.float32
+                )
+            if bias is not None:
+                d_scale -= d_bias * bias  # y holds the bias
+            return dx, (d_scale / scale[:, 0])[:, None], d_bias, None, None
+        grouped = layer.centred().view(layer.out_features, scale.shape[1], -1)
         d_weight = dy.T @ (codes.float().mul_(x_scale[:, None]))
         d_scale = (d_weight.view_as(grouped) * grouped).sum(-1)
-        dx = dy @ (grouped * scale[..., None]).view_as(centred)
-        return dx, d_scale, None, None
+        dx = dy @ (grouped * scale[..., None]).flatten(1)
+        return dx, d_scale, d_bias, None, None
 
 
-def _multiply(
-    layer: TunedLinear, codes: Tensor, x_scale: Tensor, sums: Tensor, scale: Tensor
-) -> Tensor:
-    f = layer.format
-    weight = ops.prepack_weight(
-        layer.packed, scale.to(SCALE_DTYPES[f.scale_dtype]), layer.zero, f.weight_bits, f.group
-    )
-    return ops.lowbit_gemm(
-        codes, x_scale, sums, weight, layer.out_features, f.weight_bits, f.group,
-        act_bits=f.act_bits, out_dtype=torch.float32,
-    )  # fmt: skip
+def _parts(rows: int) -> list[slice]:
+    """The rows in pieces that stay in a core's cache while several operations pass over them."""
+    return [slice(start, start + PART) for start in range(0, rows, PART)]
