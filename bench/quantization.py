@@ -76,6 +76,7 @@ def ablations(size: Size) -> Iterator[tuple[str, Recipe]]:
     yield "no input diagonal", replace(learned, transform="hadamard")
     yield "no rotation", replace(learned, rotation="none")
     yield "Hadamard of 64", replace(learned, rotation="block")
+    yield "no clip", replace(learned, clip=False)
     yield "transform learned too", replace(learned, learning=both)
     yield "RCE", replace(learned, learning=replace(learning, loss="rce"))
     yield "RCE as printed", replace(learned, learning=replace(learning, loss="rce-printed"))

@@ -6,6 +6,7 @@ One process without ``torchrun`` is a world of one; nothing here then touches to
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -60,6 +61,15 @@ def sum_over_all(tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         dist.all_reduce(tensor)
     return tensor
+
+
+def average_over_all(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over the processes in the place of each tensor, in one exchange, in place."""
+    if world_size() == 1:
+        return
+    means = sum_over_all(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
+    for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def from_first(value: T) -> T:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,7 +17,9 @@ from saltire.cli.doctor import _cuda
 from saltire.errors import SaltireError
 from saltire.models.default import default_model_path
 from saltire.models.saving import save_checkpoint
+from saltire.quant import job as quant_job
 from saltire.quant import quantize
+from saltire.quant.job import Job
 from tests.tiny import random_tokens, tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -88,6 +91,27 @@ def test_quantize_then_eval_then_generate(plain: Path, tmp_path: Path) -> None:
     assert measured["tokens"] == 2 * 63
     written = json_of("generate", out, "Hello", "--max-new-tokens", 5)
     assert 1 <= written["new_tokens"] <= 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "samples", "epochs"),
+    [
+        ((), 16, None),
+        (("--effort", "fast"), 16, None),
+        (("--effort", "normal"), 128, 2),
+        (("--effort", "best"), 256, 4),
+        (("--effort", "normal", "--samples", 8), 8, 2),
+    ],
+)
+def test_an_effort_brings_its_text_unless_told(
+    asked: tuple[Any, ...], samples: int, epochs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(quant_job, "run", lambda job, views: jobs.append(job) or 1)
+    json_of("quantize", "default", "out", *asked)
+    learning = jobs[0].recipe.learning
+    assert jobs[0].samples == samples
+    assert (None if learning is None else learning.epochs) == epochs
 
 
 @pytest.mark.parametrize(("option", "bits"), [((), 4), (("--head-bits", 8), 8)])

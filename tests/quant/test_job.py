@@ -250,6 +250,48 @@ def test_two_processes_divide_the_samples(job: Job, tmp_path: Path) -> None:
     assert (one[first] == tensors(half)[first]).float().mean() < 0.99, "the samples do not matter"
 
 
+LEARN = """
+import sys
+import torch
+import torch.distributed as dist
+from saltire import processes
+from saltire.models.adapters import adapter_for
+from saltire.quant import RECIPES, quantize
+from saltire.quant.learning.end_to_end import Teacher, tune
+from saltire.quant.recipe import Learning
+from tests.tiny import random_tokens, tiny_model
+from dataclasses import replace
+processes.start_if_launched()
+torch.manual_seed(0)
+model = tiny_model("llama")
+tokens = random_tokens(model, 16, 64)
+teacher = Teacher.of(model, adapter_for(model.config), tokens[processes.rank() :: 2])
+recipe = replace(RECIPES["w2a4"], head_bits=16, learning=Learning(group_steps=10))
+quantize(model, None, recipe, tokens)
+losses = tune(model, adapter_for(model.config), teacher, epochs=4, rate=5e-3).losses
+assert min(losses) < 0.9 * losses[0], losses
+state = model.state_dict()
+for name in sorted(state):
+    if isinstance(state[name], torch.Tensor):
+        other = state[name].clone()
+        dist.broadcast(other, 1)
+        assert torch.equal(other, state[name]), name
+both = [None, None]
+dist.all_gather_object(both, losses)
+assert both[0] == both[1], both
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(tmp_path: Path) -> None:
+    (tmp_path / "learn.py").write_text(LEARN)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=29518", str(tmp_path / "learn.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    subprocess.run(command, check=True, env=environment)
+
+
 def test_samples_that_cannot_be_divided_are_refused(monkeypatch) -> None:
     from saltire import processes
 

@@ -117,6 +117,16 @@ def test_what_is_sampled_does_not_depend_on_who_computes_the_logits(
     assert torch.equal(calibration_tokens("self", model, TOKENIZER, samples=3, length=24), ours)
 
 
+def test_many_texts_are_written_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    first = calibration_tokens("self", model, TOKENIZER, samples=2, length=16)
+    monkeypatch.setattr(texts, "AT_ONCE", 2)
+    three = calibration_tokens("self", model, TOKENIZER, samples=3, length=16)
+    assert three.shape == (3, 16)
+    assert torch.equal(three[:2], first)
+    assert len(three.unique(dim=0)) == 3
+
+
 def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary() -> None:
     model = tiny_model("llama")
     with torch.no_grad():

@@ -27,7 +27,9 @@ def quantize(
         "", help="none, smooth, hadamard, kronecker or bdq in place of the recipe's"
     ),
     calibration: str = typer.Option("self", help="self, a .txt or .jsonl file, or a data set"),
-    samples: int = typer.Option(16, help="calibration samples"),
+    samples: int | None = typer.Option(
+        None, help="calibration samples; default: 16, 128 with effort normal, 256 with best"
+    ),
     length: int = typer.Option(512, help="tokens in one sample"),
     seed: int = typer.Option(0, help="seed of the calibration text"),
     kv_bits: int | None = typer.Option(
@@ -63,11 +65,13 @@ def quantize(
     from saltire.quant.job import Job, run
     from saltire.quant.lowrank.compress import kept_whole
     from saltire.quant.observe import Views
-    from saltire.quant.recipe import parse_recipe, with_effort, with_transform
+    from saltire.quant.recipe import EFFORTS, parse_recipe, with_effort, with_transform
 
     chosen = parse_recipe(recipe)
     if effort:
         chosen = with_effort(chosen, effort)
+    if samples is None:
+        samples = EFFORTS[effort or "fast"].samples
     if transform:
         chosen = with_transform(chosen, transform)
     if kv_bits is not None:

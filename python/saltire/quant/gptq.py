@@ -50,11 +50,13 @@ def choose_grid(
     group: int,
     zero_points: bool,
     scale_dtype: torch.dtype,
+    clip: bool = True,
 ) -> Grid:
     """The scales (and zeros) that lose least, by search over shrunken ranges: coarse, then fine.
 
-    w: float [N, K]; importance: float [K], the power of each input. Returns scales rounded to
-    ``scale_dtype``, so that codes are chosen for the scale that will be stored.
+    w: float [N, K]; importance: float [K], the power of each input; clip: false to span the whole
+    range. Returns scales rounded to ``scale_dtype``, so that codes are chosen for the scale that
+    will be stored.
     """
     N, K = w.shape
     G = group or K
@@ -93,10 +95,10 @@ def choose_grid(
 
     # 2-bit grids clip hard: their best range is far inside.
     least = 0.25 if bits == 2 else 0.4
-    for step in range(COARSE):
+    for step in range(COARSE if clip else 1):
         consider(torch.full_like(full, 1.0 - (1.0 - least) * step / (COARSE - 1)))
     around, spacing = best_shrink.clone(), (1.0 - least) / (COARSE - 1)
-    for step in range(1, FINE):
+    for step in range(1, FINE if clip else 1):
         for sign in (-1.0, 1.0):
             offset = sign * spacing * step / FINE
             consider((around + offset).clamp(least, 1.0))

@@ -20,7 +20,7 @@ from saltire.quant.transforms import Transform, starting_transform
 from saltire.reference.lowbit_gemm import dequantize_weight
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MOMENT_CHUNK = 2048  # tokens whose codes are held as floats at once
+MOMENT_CHUNK = 2048  # tokens that are held transformed, and as codes, at once
 PANEL = 256  # rows of a second moment that are computed in one product
 ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 
@@ -29,12 +29,14 @@ ROWS_AT_ONCE = 8192  # outputs rounded at once: a head has too many for memory
 class InputRounding:
     """How an input is transformed and rounded: all that its weights' rounding needs to know of it.
 
-    transform: of the input, and inversely of the weights; curvature: of the rounded input.
+    transform: of the input, and inversely of the weights; curvature: of the rounded input;
+    clip_weights: whether ranges of weights are shrunk where that loses less.
     """
 
     format: LinearFormat
     transform: Transform
     curvature: Curvature
+    clip_weights: bool = True
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> InputRounding:
@@ -44,7 +46,7 @@ class InputRounding:
         sizes = [0 if m is None else len(m) for m in (transform.left, transform.right)]
         format = recipe.format(transform.hadamard, *sizes)
         format.check_fits(where, x.shape[1])
-        clip, learning = None, recipe.learning
+        clip, learning = None if recipe.clip else 1.0, recipe.learning
         if learning is not None and learning.group_steps and recipe.transform != "none":
             learned = learn_transform(
                 x,
@@ -56,10 +58,10 @@ class InputRounding:
                 orthogonal=recipe.transform != "kronecker",
                 diagonal=format.diag,
             )
-            transform, clip = learned.transform, learned.clip
-        rotated = transform.inputs(x)
-        format = replace(format, clip=best_clip(rotated, format) if clip is None else clip)
-        return cls(format, transform, Curvature.of(second_moment(rotated, format)))
+            transform, clip = learned.transform, learned.clip if recipe.clip else 1.0
+        format = replace(format, clip=best_clip(x, transform, format) if clip is None else clip)
+        moment = second_moment(x, transform, format)
+        return cls(format, transform, Curvature.of(moment), recipe.clip)
 
     def inputs(self, x: Tensor) -> Tensor:
         """The transformed input before it is rounded: float32 [tokens, K]."""
@@ -79,9 +81,8 @@ class InputRounding:
         packed, scale, zero = [], [], []
         for rows in weight.split(ROWS_AT_ONCE):
             w = self.weights(rows)
-            grid = choose_grid(
-                w, self.curvature.power, f.weight_bits, f.group, f.zero_points, dtype
-            )
+            power, clip = self.curvature.power, self.clip_weights
+            grid = choose_grid(w, power, f.weight_bits, f.group, f.zero_points, dtype, clip)
             packed.append(ops.pack_weight(self.curvature.round(w, grid), f.weight_bits))
             scale.append(grid.scale.to(dtype))
             zero.append(grid.zero.to(dtype))
@@ -172,11 +173,11 @@ def check_activations(x: Tensor, where: str) -> None:
         )
 
 
-def best_clip(rotated: Tensor, format: LinearFormat) -> float:
-    """The clip ratio with the least squared rounding error, on at most 1,024 tokens."""
+def best_clip(x: Tensor, transform: Transform, format: LinearFormat) -> float:
+    """The clip ratio with the least squared rounding error, on some 1,024 tokens."""
     if format.act_bits == 8:
         return 1.0  # 8 bits have levels to spare: clipping only costs
-    probe = rotated[:: max(1, rotated.shape[0] // 1024)]
+    probe = transform.inputs(x[:: max(1, len(x) // 1024)])
 
     def loss(clip: float) -> float:
         return float((_rounded(probe, replace(format, clip=clip)) - probe).square().sum())
@@ -185,12 +186,13 @@ def best_clip(rotated: Tensor, format: LinearFormat) -> float:
     return CLIPS[int(losses.argmin())]
 
 
-def second_moment(rotated: Tensor, format: LinearFormat) -> Tensor:
-    """X̂ᵀX̂ over the tokens of all processes, X̂ the rounded activations: float32 [K, K]."""
-    K = rotated.shape[1]
+def second_moment(x: Tensor, transform: Transform, format: LinearFormat) -> Tensor:
+    """X̂ᵀX̂ over the tokens of all processes, X̂ the transformed and rounded activations: float32
+    [K, K]. A chunk of tokens at a time, so that they are never held twice."""
+    K = x.shape[1]
     H = torch.zeros(K, K)
-    for x in rotated.split(MOMENT_CHUNK):
-        rounded = _rounded(x, format)
+    for tokens in x.split(MOMENT_CHUNK):
+        rounded = _rounded(transform.inputs(tokens), format)
         for start in range(0, K, PANEL):  # H is symmetric: on and right of the diagonal is enough
             panel = rounded[:, start : start + PANEL]
             H[start : start + PANEL, start:].addmm_(panel.T, rounded[:, start:])

@@ -84,18 +84,19 @@ class Recipe:
     """How a model is quantised.
 
     weight_bits, act_bits, group, zero_points: see LinearFormat. transform: what is done to inputs
-    before they are rounded, and undone in the weights (``transforms.Transform``). turn: of
-    ``bdq``, turn each head's values into principal directions first, offline
-    (``transforms.values``). rotation: of ``hadamard`` and ``bdq``: ``none``; ``block``, a Hadamard
-    of ``block`` channels; ``full``, one rotation over all. learning: what is learned after the
-    closed forms. head_bits: of the head that gives the logits: 4 (in groups of 64 where they fit)
-    or 8, on 8-bit activations, or 16 for as it is. rest_dtype: dtype in which the tensors that are
-    not quantised (norms) are stored. embedding_bits: 8 or 4, or 16 for ``rest_dtype``; an embedding
-    that is the head too stays if the head does. low_rank: join it with a low-rank decomposition of
-    the linears in the blocks. kv_bits: of the keys and values that the model keeps: 8, 4 or 2, or
-    16 for as they come. bits_per_weight: deal out 2, 4 and 8 bits to the linears of the blocks
-    within so many on average, scales counted; budget_mb: within so many megabytes of all weights
-    (``mixed``); 0: all alike.
+    before they are rounded, and undone in the weights (``transforms.Transform``). turn: of ``bdq``,
+    turn each head's values into principal directions first, offline (``transforms.values``).
+    rotation: of ``hadamard`` and ``bdq``: ``none``; ``block``, a Hadamard of ``block`` channels;
+    ``full``, one rotation over all. clip: shrink the ranges of activations and weights where that
+    loses less. learning: what is learned after the closed forms. head_bits: of the head that gives
+    the logits: 4 (in groups of 64 where they fit) or 8, on 8-bit activations, or 16 for as it is.
+    rest_dtype: dtype in which the tensors that are not quantised (norms) are stored.
+    embedding_bits: 8 or 4, or 16 for ``rest_dtype``; an embedding that is the head too stays if the
+    head does. low_rank: join it with a low-rank decomposition of the linears in the blocks.
+    kv_bits: of the keys and values that the model keeps: 8, 4 or 2, or 16 for as they come.
+    bits_per_weight: deal out 2, 4 and 8 bits to the linears of the blocks within so many on
+    average, scales counted; budget_mb: within so many megabytes of all weights (``mixed``); 0: all
+    alike.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Recipe:
     turn: bool = True
     rotation: Rotation = "full"
     block: int = 64
+    clip: bool = True
     head_bits: int = 4
     rest_dtype: str = "bfloat16"
     embedding_bits: int = 8
@@ -194,10 +196,21 @@ class Recipe:
 
 
 KRONECKER_STEPS = 100  # FlatQuant's start is a random rotation: nothing without its learning
-EFFORTS: dict[str, Learning | None] = {
-    "fast": None,
-    "normal": Learning(group_steps=0, epochs=4),
-    "best": Learning(group_steps=30, epochs=10),
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What ``--effort`` stands for. samples: of the calibration text, where no number is given:
+    what is learned is as good as its text is long."""
+
+    samples: int
+    learning: Learning | None = None
+
+
+EFFORTS = {
+    "fast": Effort(16),
+    "normal": Effort(128, Learning(epochs=2)),
+    "best": Effort(256, Learning(group_steps=30, epochs=4)),
 }
 
 _BASE = Recipe("w4a4", 4, 4)
@@ -245,7 +258,7 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
     also learn. SaltireError for another name."""
     if effort not in EFFORTS:
         raise SaltireError(f"effort = {effort!r}; expected one of {', '.join(EFFORTS)}.")
-    return replace(recipe, learning=EFFORTS[effort])
+    return replace(recipe, learning=EFFORTS[effort].learning)
 
 
 def with_transform(recipe: Recipe, transform: str) -> Recipe:

@@ -16,6 +16,7 @@ from saltire.models.cache_argument import cache_argument
 from saltire.models.decoder import build_decoder
 from saltire.progress import track
 
+AT_ONCE = 32  # texts that a model writes side by side: a cache for all would not fit
 MAX_CHARACTERS = 20_000_000  # read of one source: far more than any calibration needs
 
 # First words of sampled text, from several registers, so that samples do not all begin alike.
@@ -119,13 +120,18 @@ def sample_from_model(model: Any, tokenizer: Any, samples: int, length: int, see
         opening = OPENINGS[index % len(OPENINGS)]
         rows.append(prefix + tokenizer(opening, add_special_tokens=False)["input_ids"])
     short = min(min(map(len, rows)), length - 1)  # openings are cut to one length
-    tokens = torch.tensor([row[:short] for row in rows])
-    step, after = tokens, _logits_after(model, len(rows), length)
-    for _ in track(range(length - short), "sampling calibration text"):
-        probabilities = after(step).float().softmax(-1).cpu()
-        step = torch.multinomial(probabilities, 1, generator=generator)
-        tokens = torch.cat([tokens, step], dim=1)
-    return tokens
+    openings = torch.tensor([row[:short] for row in rows])
+    written = []
+    for number, part in enumerate(openings.split(AT_ONCE), 1):
+        tokens = step = part
+        after = _logits_after(model, len(part), length)
+        batch = f", batch {number} of {-(-samples // AT_ONCE)}" if samples > AT_ONCE else ""
+        for _ in track(range(length - short), f"sampling calibration text{batch}"):
+            probabilities = after(step).float().softmax(-1).cpu()
+            step = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, step], dim=1)
+        written.append(tokens)
+    return torch.cat(written)
 
 
 def _logits_after(model: Any, samples: int, length: int) -> Callable[[Tensor], Tensor]:

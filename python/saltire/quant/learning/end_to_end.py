@@ -5,6 +5,7 @@ The codes of the weights stay, so a packed checkpoint holds the result exactly a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from saltire.models.adapters import Adapter
 from saltire.nn.quant_linear import QuantLinear
+from saltire.processes import average_over_all, sum_over_all, world_size
 from saltire.progress import track
 from saltire.quant.layer import put
 from saltire.quant.learning.losses import Loss, token_loss
@@ -46,7 +48,8 @@ class Teacher:
         """Runs the model over tokens, int64 [samples, T], in windows of at most 512.
 
         A head of 8,192 of the 49,152 tokens costs a sixth, and holds nearly all of the probability:
-        those with the largest sum of probabilities over a sample of positions.
+        those with the largest sum of probabilities over a sample of positions. Several processes
+        each bring their own tokens and agree on the candidates.
         """
         length = min(WINDOW, tokens.shape[1])
         windows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
@@ -60,6 +63,7 @@ class Teacher:
             for part in probe.split(64):
                 likely += torch.nn.functional.linear(part, weight, bias).softmax(-1).sum(0)
             likely[tokens.unique()] += 1.0  # the tokens of the text are candidates themselves
+            likely = sum_over_all(likely)
             keep = likely.topk(VOCABULARY).indices.sort().values
             weight = weight[keep]
             bias = None if bias is None else bias[keep]
@@ -90,7 +94,8 @@ def tune(
     parameters over the last steps: a step flips many activations' codes, so that one set of
     parameters is better or worse than the next by chance, and their mean is better than most. One
     window in eight is held out (at least one), measured with KL after every epoch. A later epoch
-    counts as better unless its loss is above the best one by more than chance.
+    counts as better unless its loss is above the best one by more than chance. Several processes
+    learn from a window each, average what they found, and end with the same bits.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(teacher.windows)
@@ -127,6 +132,7 @@ def tune(
             for index in track(order, f"learning end to end, epoch {epoch + 1} of {epochs}"):
                 optimiser.zero_grad()
                 distance(train[index], loss, True)
+                average_over_all([p.grad for p in parameters if p.grad is not None])
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 schedule.step()
@@ -134,7 +140,7 @@ def tune(
                     average.lerp_(p.detach(), 1 - MEMORY)
             _swap(parameters, mean)
             losses.append(_mean(distance(w, "kl", False) for w in held))
-            better = losses[-1] <= min(losses) * (1 + NOISE / len(held) ** 0.5)
+            better = losses[-1] <= min(losses) * (1 + NOISE / (len(held) * world_size()) ** 0.5)
             if better:
                 kept = [p.detach().clone() for p in parameters]
             _swap(parameters, mean)
@@ -194,6 +200,8 @@ def _backward(hidden: Tensor, want: Tensor, teacher: Teacher, kind: Loss, learni
     return total
 
 
-def _mean(values: object) -> float:
-    found = list(values)  # type: ignore[call-overload]
-    return float(sum(found) / len(found))
+def _mean(values: Iterable[float]) -> float:
+    """Over the values of all processes."""
+    found = torch.tensor(list(values), dtype=torch.float64).mean()
+    average_over_all([found])
+    return float(found)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saltire.processes import average_over_all
 from saltire.quant.learning.straight_through import round_tokens, round_weights
 from saltire.quant.transforms import Transform
 from saltire.reference.transform_quantize import hadamard_matrix
@@ -119,8 +120,8 @@ def learn_transform(
     (straight through; weights to nearest, GPTQ follows). Moved are log D (unless ``diagonal`` is
     false), the dense factors (``orthogonal``: by Cayley's map, else freely), one clip for the input
     and one an output. AdamW, cosine. Tokens held out say which step was the best and when to stop:
-    what comes back is never worse on them than the start. x: float32 [tokens, K]; weight: float32
-    [N, K].
+    what comes back is never worse on them than the start. Several processes average their losses
+    and gradients. x: float32 [tokens, K]; weight: float32 [N, K].
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
@@ -144,7 +145,9 @@ def learn_transform(
     for step in range(steps + 1):
         if step % CHECK_EVERY == 0 or step == steps:
             with torch.no_grad():
-                now = float(loss(held))
+                value = loss(held)
+                average_over_all([value])
+                now = float(value)
             if not losses or now < min(losses):
                 if losses:
                     best = parameters.transform()
@@ -161,6 +164,7 @@ def learn_transform(
             value = loss(picked)
         optimiser.zero_grad()
         value.backward()
+        average_over_all([p.grad for p in parameters.all() if p.grad is not None])
         optimiser.step()
         schedule.step()
     return LearnedTransform(best, best_clip, tuple(losses))

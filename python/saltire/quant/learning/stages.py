@@ -7,11 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saltire.errors import SaltireError
 from saltire.models.adapters import Adapter
 from saltire.nn.linear_format import AnyFormat
 from saltire.nn.quant_linear import QuantLinear
-from saltire.processes import sum_over_all, world_size
+from saltire.processes import sum_over_all
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.finite import all_finite
 from saltire.quant.learning.end_to_end import Teacher, tune
@@ -40,13 +39,9 @@ def prepare(
     which gives the formats that it has changed.
 
     Does nothing, and returns what does nothing, for a recipe without that step. tokens: int64
-    [samples, T]. Raises SaltireError where several processes would each learn something else.
+    [samples, T], this process's share.
     """
     learning = recipe.learning
-    if learning is not None and world_size() > 1:
-        raise SaltireError(
-            "learning runs in one process. Leave out torchrun, or use --effort fast."
-        )
     if learning is None or learning.epochs == 0:
         return dict
     teacher = Teacher.of(model, adapter, tokens)

@@ -13,6 +13,7 @@ from saltire.quant.transforms.closed_form import input_diagonal, rotation
 from saltire.quant.transforms.transform import Transform
 
 SMOOTH_ALPHA = 0.5  # SmoothQuant's migration strength
+CHUNK = 2048  # tokens squared at once
 KRONECKER_ALPHA = 0.3  # FlatQuant's, for the diagonal that it starts from
 
 
@@ -39,7 +40,7 @@ def starting_transform(x: Tensor, weight: Tensor, recipe: Recipe) -> Transform:
     left = None if left64 is None else left64.float()
     if recipe.transform == "hadamard":
         return Transform(ones, hadamard, left)
-    rms_x, rms_w = _over_all(x.square().mean(0)).sqrt(), weight.square().mean(0).sqrt()
+    rms_x, rms_w = _over_all(_power(x)).sqrt(), weight.square().mean(0).sqrt()
     return Transform(input_diagonal(rms_x, rms_w).float(), hadamard, left)
 
 
@@ -47,6 +48,11 @@ def kronecker_sizes(K: int) -> tuple[int, int]:
     """The two factors of K that are nearest to each other, the smaller first: 576 -> 24, 24."""
     A = next(a for a in range(math.isqrt(K), 0, -1) if K % a == 0)
     return A, K // A
+
+
+def _power(x: Tensor) -> Tensor:
+    """The mean square of each channel, float [K], without a second copy of x."""
+    return torch.stack([part.square().sum(0) for part in x.split(CHUNK)]).sum(0) / len(x)
 
 
 def _over_all(statistic: Tensor) -> Tensor:
