@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
+from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.quant import RECIPES
+from saltire.quant.activations import ActivationFile
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.layer import quantize_group
 from saltire.quant.learning.stages import turn_values
@@ -81,3 +86,45 @@ def test_attention_is_computed_once_a_block_and_batch() -> None:
     assert calls == 2
     runner.inputs_of(adapter.blocks(model)[1], "self_attn.o_proj")  # nothing of the last block's
     assert "forward" not in vars(block.get_submodule("self_attn"))
+
+
+@torch.no_grad()
+def test_a_runner_goes_on_from_the_states_that_are_there_and_from_no_others(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    adapter = adapter_for(model.config)
+    files = (tmp_path / "even", tmp_path / "odd")
+    made = (model, adapter, random_tokens(model, 4, 24), 2)
+    runner = BlockRunner(*made, files=files)
+    runner.advance(adapter.blocks(model)[0])
+    runner.flush()
+    again = BlockRunner(*made, files=files, start=1)
+    assert torch.equal(again.hidden.all(), runner.hidden.all())
+    files[1].write_bytes(files[1].read_bytes() + bytes(4))
+    with pytest.raises(SaltireError, match=r"odd: expected 24576 bytes, came 24580 bytes\. Remove"):
+        BlockRunner(*made, files=files, start=1)
+
+
+def test_activations_are_read_back(tmp_path: Path) -> None:
+    file = ActivationFile(3, (2, 5), tmp_path / "states")
+    values = torch.randn(3, 2, 5)
+    for index in range(3):
+        file[index] = values[index]
+    assert torch.equal(file.all(), values)
+    file.flush()
+    again = ActivationFile(3, (2, 5), tmp_path / "states")
+    assert torch.equal(again[1], values[1])
+    assert (tmp_path / "states").stat().st_size == values.nbytes
+
+
+def test_a_full_disk_takes_only_the_file_that_was_made(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"12345678")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+        for name in ("old", "new"):
+            with pytest.raises(SaltireError, match="cannot keep"):
+                ActivationFile(3, (20, 5), tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert (tmp_path / "old").read_bytes()[:8] == b"12345678"
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from saltire.quant import RECIPES
 from saltire.quant import quantize as quantize_model
 from saltire.quant.activations import ActivationFile
 from saltire.quant.job import Job, run
+from saltire.quant.recipe import Learning
 from tests.tiny import random_tokens, tiny_model, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests a while. " * 60
@@ -215,6 +217,189 @@ def test_a_full_disk_is_an_error_and_what_is_finished_stays(job: Job) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert [path.read_bytes() for path in finished] == before
+    run(replace(job, resume=True))
+    run(replace(job, out=job.out.with_name("whole")))
+    assert_same(job.out, job.out.with_name("whole"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_states_that_are_gone_or_cut_off_are_refused(job: Job, damage: str, stream: bool) -> None:
+    """What is missing would read as zeros, on which the rest would be calibrated in silence."""
+    job = replace(job, stream=stream)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(1, True))
+    states = job.directory / "states-0-odd"  # what the second block reads
+    if damage == "missing":
+        states.unlink()
+    else:
+        os.truncate(states, states.stat().st_size - 4)
+    came = "no file" if damage == "missing" else "131068 bytes"
+    with pytest.raises(SaltireError, match=rf"states-0-odd: expected 131072 bytes, came {came}"):
+        run(replace(job, resume=True))
+    assert states.exists() == (damage == "truncated"), "a refusal must leave the directory alone"
+    if damage == "truncated":
+        assert states.stat().st_size == 131068
+    assert not job.out.exists()
+
+
+def test_the_file_that_takes_the_next_states_may_be_gone(job: Job) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(1, False))
+    (job.directory / "states-0-even").unlink()
+    run(replace(job, resume=True))
+    run(replace(job, out=job.out.with_name("whole")))
+    assert_same(job.out, job.out.with_name("whole"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_run_leaves_its_place_free(job: Job, stream: bool) -> None:
+    job = replace(job, stream=stream)
+    with pytest.raises(SaltireError, match=r"nowhere\.txt"):
+        run(replace(job, calibration=str(job.out.with_name("nowhere.txt"))))
+    assert not job.directory.exists()
+    with pytest.raises(SaltireError, match="group"):
+        run(replace(job, recipe=replace(job.recipe, group=48)))
+    assert not job.directory.exists()
+    run(job)
+
+
+def test_a_refusal_after_a_finished_block_keeps_what_is_finished(job: Job) -> None:
+    class Refuse(Kill):
+        def before(self, index: int, block: object, runner: object) -> None:
+            if index == self.block:
+                raise SaltireError("refused")
+
+    with pytest.raises(SaltireError, match="refused"):
+        run(job, Refuse(1, False))
+    assert (job.directory / "block-00000.safetensors").exists()
+    with pytest.raises(SaltireError, match="refused"):
+        run(replace(job, resume=True), Refuse(1, False))
+    run(replace(job, resume=True))
+
+
+def test_a_directory_that_was_found_outlives_a_refusal(job: Job) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(0, False))
+    with pytest.raises(SaltireError, match="holds a run that did not end"):
+        run(job)
+    (job.directory / "tokens.safetensors").write_bytes(b"")
+    with pytest.raises(SaltireError, match="tokens"):
+        run(replace(job, resume=True))
+    assert (job.directory / "run.json").exists()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("file", ["block-00000.safetensors", "tokens.safetensors"])
+def test_a_file_of_another_run_is_refused(
+    job: Job, tmp_path: Path, file: str, stream: bool
+) -> None:
+    job = replace(job, stream=stream)
+    other = tiny_model("llama", seed=1, vocab_size=259, num_hidden_layers=3)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    foreign = replace(job, model=str(tmp_path / "other"), out=tmp_path / "foreign")
+    for each in (job, foreign):
+        with pytest.raises(KeyboardInterrupt):
+            run(each, Kill(1, False))
+    shutil.copyfile(foreign.directory / file, job.directory / file)
+    with pytest.raises(SaltireError, match=rf"{file} does not belong to this run: expected run"):
+        run(replace(job, resume=True))
+
+
+def test_a_block_in_the_place_of_another_is_refused(job: Job) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(2, False))
+    first, second = (job.directory / f"block-0000{k}.safetensors" for k in (0, 1))
+    shutil.copyfile(first, second)
+    with pytest.raises(SaltireError, match=r"block-00001.*expected part 'block 1', came 'block 0'"):
+        run(replace(job, resume=True))
+
+
+def test_tokens_that_are_gone_are_refused(job: Job) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(1, False))
+    (job.directory / "tokens.safetensors").unlink()
+    with pytest.raises(SaltireError, match=r"tokens.* is missing, and finished blocks"):
+        run(replace(job, resume=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"two", b"\xff"])
+def test_a_damaged_count_of_blocks_is_refused(job: Job, content: bytes) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(1, False))
+    (job.directory / "finished").write_bytes(content)
+    with pytest.raises(SaltireError, match="finished is damaged: expected the number of finished"):
+        run(replace(job, resume=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_streamed_and_a_resident_run_are_told_apart_by_name(job: Job, stream: bool) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(job, stream=stream), Kill(1, False))
+    said = rf"another setting of --stream: {stream} there, {not stream} here"
+    with pytest.raises(SaltireError, match=said):
+        run(replace(job, stream=not stream, resume=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "place",
+    ["model.embed_tokens", "model.layers.2.mlp.down_proj", "model.norm", "lm_head"],
+)
+def test_a_model_with_another_last_value_is_another_model(
+    tmp_path: Path, place: str, stream: bool
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    jobs = []
+    for name in ("one", "other"):
+        model = tiny_model("llama", vocab_size=259, num_hidden_layers=3, tie_word_embeddings=False)
+        if name == "other":
+            with torch.no_grad():
+                model.get_submodule(place).weight.view(-1)[-1] += 1
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        text = str(tmp_path / "text.txt")
+        folder, recipe = str(tmp_path / name), RECIPES["w4a4kv4"]
+        jobs.append(Job(folder, tmp_path / "out", recipe, text, 8, 64, stream=stream))
+    with pytest.raises(KeyboardInterrupt):
+        run(jobs[0], Kill(1, False))
+    with pytest.raises(SaltireError, match=r"another model: .*one.* there, .*other.* here"):
+        run(replace(jobs[1], resume=True))
+
+
+@pytest.mark.parametrize(("block", "late"), [(0, True), (1, False), (2, False)])
+def test_a_killed_job_that_learns_resumes_to_the_same_bits(
+    job: Job, block: int, late: bool
+) -> None:
+    learning = Learning(group_steps=5, epochs=1)
+    job = replace(job, recipe=replace(job.recipe, learning=learning))
+    run(replace(job, out=job.out.with_name("whole")))
+    with pytest.raises(KeyboardInterrupt):
+        run(job, Kill(block, late))
+    run(replace(job, resume=True))
+    assert_same(job.out, job.out.with_name("whole"))
+    plain = replace(job, recipe=replace(job.recipe, learning=None), out=job.out.with_name("plain"))
+    run(plain)
+    with pytest.raises(AssertionError):
+        assert_same(job.out, plain.out)
+
+
+def test_a_job_killed_while_it_learns_end_to_end_resumes_to_the_same_bits(
+    job: Job, monkeypatch
+) -> None:
+    job = replace(job, recipe=replace(job.recipe, learning=Learning(group_steps=5, epochs=1)))
+    run(replace(job, out=job.out.with_name("whole")))
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saltire.quant.learning.stages.tune", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    monkeypatch.undo()
+    run(replace(job, resume=True))
+    assert_same(job.out, job.out.with_name("whole"))
 
 
 SPLIT = """
@@ -301,15 +486,3 @@ def test_samples_that_cannot_be_divided_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(processes, "from_first", lambda value: value)
     with pytest.raises(SaltireError, match="4 calibration samples cannot be divided among 3"):
         quantize_model(model, None, "w4a4", tokens)
-
-
-def test_activations_are_read_back(tmp_path: Path) -> None:
-    file = ActivationFile(3, (2, 5), tmp_path / "states")
-    values = torch.randn(3, 2, 5)
-    for index in range(3):
-        file[index] = values[index]
-    assert torch.equal(file.all(), values)
-    file.flush()
-    again = ActivationFile(3, (2, 5), tmp_path / "states")
-    assert torch.equal(again[1], values[1])
-    assert (tmp_path / "states").stat().st_size == values.nbytes

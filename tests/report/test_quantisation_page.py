@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from saltire.errors import SaltireError
 from saltire.quant import quantize
-from saltire.quant.observe import MatrixView, Views
+from saltire.quant.observe import MatrixView, Views, _share_lost
 from saltire.report.quantisation import write_report
 from tests.tiny import random_tokens, tiny_model
 
@@ -48,6 +49,40 @@ def test_the_page_tells_of_every_linear_and_loads_nothing(tmp_path: Path) -> Non
     assert "tiny &lt;model&gt;" in page
     assert not re.search(r"(src|href)=.(?!data:)", page), "the page would load something"
     assert "url(" not in page
+
+
+@pytest.mark.parametrize(
+    "zeroed",
+    [
+        ["mlp.up_proj"],
+        ["self_attn.o_proj", "mlp.down_proj"],
+        ["input_layernorm", "post_attention_layernorm"],
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_layer_of_zeros_is_shown_without_nan(tmp_path: Path, zeroed: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name in zeroed:
+            for layer in model.model.layers:
+                layer.get_submodule(name).weight.zero_()
+    views = Views()
+    quantize(model, None, "w4a4", random_tokens(model, 4, 32), batch=2, observer=views)
+    if len(zeroed) == 2:
+        assert [view.error for view in views.blocks] == [0.0, 0.0]
+    write_report(views, "tiny", {}, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text().split("</style>")[1]
+    shown = re.sub(r"<[^>]*>", "", page)
+    assert not re.search(r"nan\b|inf\b", shown)
+    assert "n/a → n/a" in shown
+
+
+def test_a_zero_that_becomes_something_has_no_relative_error() -> None:
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    assert _share_lost(zeros, zeros) == 0.0
+    assert math.isnan(_share_lost(zeros, ones))
+    assert _share_lost(ones, zeros) == pytest.approx(1.0)
 
 
 def test_a_report_on_nothing_is_refused(tmp_path: Path) -> None:

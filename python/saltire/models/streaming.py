@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens"
+SAMPLED_ROWS = 8
 
 
 class StreamedWeights:
@@ -54,11 +55,16 @@ class StreamedWeights:
         """One tensor, in float32 and in memory of its own."""
         return next(self._read([name]))[1]
 
-    def start_of(self, name: str) -> Tensor:
-        """The first row of a tensor, or all of a vector."""
+    def sample_of(self, name: str) -> tuple[Tensor, list[int]]:
+        """Up to 8 rows of a tensor, spread evenly, or all of a vector; and the whole shape."""
         with safe_open(self._files[name], "pt") as file:
-            part = file.get_slice(name)
-            return (part[:1] if len(part.get_shape()) > 1 else part[:]).clone()
+            whole = file.get_slice(name)
+            shape = list(whole.get_shape())
+            if len(shape) < 2:
+                return whole[:].clone(), shape
+            count = min(SAMPLED_ROWS, shape[0])
+            rows = [k * (shape[0] - 1) // max(1, count - 1) for k in range(count)]
+            return torch.cat([whole[row : row + 1] for row in rows]), shape
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Read the parameters of a module that lies on the meta device."""
@@ -113,9 +119,3 @@ def open_streamed(
     rotary = body.get_submodule("rotary_emb")
     body.rotary_emb = type(rotary)(config)  # computed, not stored
     return model, load_tokenizer(folder), weights
-
-
-def parameters_start(weights: StreamedWeights, prefixes: list[str]) -> Mapping[str, Tensor]:
-    """The first rows of all parameters under some names, by full name."""
-    names = [name for prefix in prefixes for name in weights.names(prefix)]
-    return {name: weights.start_of(name) for name in names}

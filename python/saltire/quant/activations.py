@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
 import os
@@ -24,22 +23,34 @@ class ActivationFile:
     through the mapping would kill the process. ``release`` gives its pages back to the system.
     """
 
-    def __init__(self, batches: int, shape: tuple[int, ...], where: Path | None = None) -> None:
+    def __init__(
+        self,
+        batches: int,
+        shape: tuple[int, ...],
+        where: Path | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
         """where: a file to make or to go on with; without it a file that vanishes with the object,
-        in the system's directory for such (TMPDIR). Raises SaltireError if the disk is full."""
+        in the system's directory for such (TMPDIR). whole: the file must be there at its full size,
+        as its values are needed. Raises SaltireError if it is not, or if the disk is full; a file
+        that was there before is left alone then."""
         self.batches, self.shape = batches, shape
         size = max(1, batches * math.prod(shape)) * FLOAT_BYTES
         place = where or Path(tempfile.gettempdir())
+        if where is not None and whole:
+            _check_whole(where, size)
+        made = where is not None and not where.exists()
         try:
             if where is None:
                 file = tempfile.TemporaryFile(prefix="saltire-")  # noqa: SIM115 (the map keeps it)
             else:
-                file = where.open("r+b" if where.exists() else "w+b")
+                file = where.open("w+b" if made else "r+b")
             with file:
                 os.posix_fallocate(file.fileno(), 0, size)
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            if where is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if where is not None and made:
                 where.unlink(missing_ok=True)
             raise SaltireError(
                 f"cannot keep {size / 1e6:.0f} MB of activations in {place}: {error.strerror}. "
@@ -72,3 +83,12 @@ class ActivationFile:
         """Return once everything is on the disk."""
         self._map.flush()
         self.release()
+
+
+def _check_whole(path: Path, size: int) -> None:
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+    if found != f"{size} bytes":
+        raise SaltireError(
+            f"cannot go on from the activations in {path}: expected {size} bytes, came {found}. "
+            f"Remove {path.parent} and start again."
+        )

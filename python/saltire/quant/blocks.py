@@ -43,7 +43,8 @@ class BlockRunner:
     ) -> None:
         """tokens: int64 [samples, T]; batch: samples in one forward pass, dividing ``samples``.
         files: where to keep the states of even and of odd blocks (default: nowhere for long).
-        start: the block whose inputs ``files`` holds from a run before."""
+        start: the block whose inputs ``files`` holds from a run before. Raises SaltireError if the
+        file of them is missing or not of its size."""
         chunks = tokens.split(batch)
         self._parts = adapter.parts
         self._kept: dict[Part, ActivationFile] = {}
@@ -53,7 +54,12 @@ class BlockRunner:
         self.dtype = first.dtype
         shape = tuple(first.shape)
         self._files = [
-            ActivationFile(len(chunks), shape, None if files is None else files[side])
+            ActivationFile(
+                len(chunks),
+                shape,
+                None if files is None else files[side],
+                whole=start > 0 and side == start % 2,
+            )
             for side in (0, 1)
         ]
         for index, chunk in enumerate(chunks if start == 0 else ()):
@@ -94,7 +100,7 @@ class BlockRunner:
         try:
             for batch in range(len(self.hidden)):
                 with self._replaying(block, batch):
-                    _run_until_captured(lambda batch=batch: self.run(block, batch))  # type: ignore[misc]
+                    _run_until_captured(partial(self.run, block, batch))
         finally:
             handle.remove()
         if self._parts[place].end == linear:

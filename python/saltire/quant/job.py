@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from saltire import processes
 from saltire.errors import SaltireError
@@ -55,6 +56,7 @@ class Job:
         """The journal of this job on a model with such a fingerprint."""
         facts = {
             "model": {"name": self.model, "fingerprint": model},
+            "stream": self.stream,
             "recipe": asdict(self.recipe),
             "calibration": self.calibration,
             "samples": self.samples,
@@ -71,7 +73,8 @@ def run(job: Job, observer: Observer | None = None) -> int:
     """Do the job; returns the bytes of the new weights.
 
     What is finished lies in ``job.directory`` until the checkpoint stands; a kill or a full disk
-    loses at most the block in work. Raises SaltireError for a directory of another run.
+    loses at most the block in work. A run that is refused before its first block is finished leaves
+    no directory. Raises SaltireError for a directory of another run.
     """
     check_destination(job.out)
     if job.resume and not job.directory.exists():
@@ -85,18 +88,19 @@ def _resident(job: Job, observer: Observer | None) -> int:
     model, tokenizer = load_model(job.model)
     adapter = adapter_for(model.config)
     journal = job.journal(fingerprint(_identity(dict(model.named_parameters()), adapter)))
-    quantize(
-        model,
-        tokenizer,
-        job.recipe,
-        job.calibration,
-        samples=job.samples,
-        length=job.length,
-        batch=job.batch,
-        seed=job.seed,
-        journal=journal,
-        observer=observer,
-    )
+    with journal.removed_if_refused():
+        quantize(
+            model,
+            tokenizer,
+            job.recipe,
+            job.calibration,
+            samples=job.samples,
+            length=job.length,
+            batch=job.batch,
+            seed=job.seed,
+            journal=journal,
+            observer=observer,
+        )
     size = save_checkpoint(model, tokenizer, job.out) if processes.rank() == 0 else 0
     journal.remove()
     return size
@@ -136,47 +140,44 @@ def _streamed(job: Job, observer: Observer | None) -> int:
             "set by --calibration."
         )
     adapter = adapter_for(model.config)
-    prefixes = [EMBEDDING, adapter.blocks_path]
-    names = [name for prefix in prefixes for name in weights.names(prefix)]
-    journal = job.journal(fingerprint({name: weights.start_of(name) for name in names}))
-    tokens = journal.tokens()
-    if tokens is None:
-        tokens = calibration_tokens(
-            job.calibration,
-            None,
-            tokenizer,
-            samples=job.samples,
-            length=job.length,
-            seed=job.seed,
-        )
-        journal.keep_tokens(tokens)
+    journal = job.journal(_fingerprint_of_files(weights, adapter))
     tied = f"{adapter.head_path}.weight" not in weights
     source = _FromFiles(weights, adapter, tied)
-    part, batch = share_of(tokens, job.batch)
-    embedding = model.get_submodule(EMBEDDING)
-    source.fill(embedding, EMBEDDING)
-    formats = Pass(model, adapter, job.recipe, part, batch, source, journal, observer).run()
+    with journal.removed_if_refused():
+        tokens = journal.tokens()
+        if tokens is None:
+            tokens = calibration_tokens(
+                job.calibration,
+                None,
+                tokenizer,
+                samples=job.samples,
+                length=job.length,
+                seed=job.seed,
+            )
+            journal.keep_tokens(tokens)
+        part, batch = share_of(tokens, job.batch)
+        source.fill(model.get_submodule(EMBEDDING), EMBEDDING)
+        formats = Pass(model, adapter, job.recipe, part, batch, source, journal, observer).run()
     size = 0
     if processes.rank() == 0:
-        config = attach_config(model, job.recipe, formats)
+        attach_config(model, job.recipe, formats)
         if job.recipe.rounds_head:
             model.config.tie_word_embeddings = False
         rest = _rest(model, adapter, source, getattr(torch, job.recipe.rest_dtype), formats)
         size = _assemble(job, journal, len(adapter.blocks(model)), rest, model, tokenizer)
-        assert config.layers
     journal.remove()
     return size
 
 
 def _rest(
-    model: nn.Module, adapter: Adapter, source: _FromFiles, dtype: torch.dtype, formats: Any
+    model: PreTrainedModel, adapter: Adapter, source: _FromFiles, dtype: torch.dtype, formats: Any
 ) -> dict[str, Tensor]:
     """What lies outside the blocks, as it is stored: embedding, norm and head."""
     tensors: dict[str, Tensor] = {}
     for prefix in (EMBEDDING, adapter.norm_path, adapter.head_path):
         module = model.get_submodule(prefix)
         if prefix not in formats and any(p.is_meta for p in module.parameters()):
-            if prefix == adapter.head_path and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            if prefix == adapter.head_path and model.config.tie_word_embeddings:
                 continue
             source.fill(module, prefix)
         for name, tensor in module.state_dict().items():
@@ -222,5 +223,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _identity(parameters: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    prefixes = (f"{EMBEDDING}.", f"{adapter.blocks_path}.")
+    prefixes = tuple(f"{prefix}." for prefix in _identifying(adapter))
     return {name: t for name, t in parameters.items() if name.startswith(prefixes)}
+
+
+def _fingerprint_of_files(weights: StreamedWeights, adapter: Adapter) -> str:
+    names = [name for prefix in _identifying(adapter) for name in weights.names(prefix)]
+    samples = {name: weights.sample_of(name) for name in names}
+    return fingerprint(
+        {name: values for name, (values, _) in samples.items()},
+        {name: shape for name, (_, shape) in samples.items()},
+    )
+
+
+def _identifying(adapter: Adapter) -> tuple[str, ...]:
+    """Where the tensors lie that tell one model from another; a tied head is the embedding."""
+    return EMBEDDING, adapter.blocks_path, adapter.norm_path, adapter.head_path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from saltire.errors import SaltireError
 from saltire.files import replacing_file
 
 FACTS, TOKENS, PROGRESS = "run.json", "tokens.safetensors", "finished"
-VERSION = 1
+VERSION = 2
+SAMPLED = 1024  # values of each tensor that tell one model from another
 
-# What a fact is called in an error, and what can be done about it.
+# What a fact is called in an error, in the order in which they are compared: the model comes last,
+# as ``stream`` decides which of its values are looked at.
 NAMES = {
     "version": "version of the directory",
-    "model": "model",
+    "stream": "setting of --stream",
     "recipe": "recipe",
     "calibration": "calibration text",
     "samples": "number of samples",
@@ -31,19 +35,24 @@ NAMES = {
     "batch": "batch",
     "seed": "seed",
     "processes": "number of processes",
+    "model": "model",
 }
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """What tells one model from another: a hash over names, shapes and the first values of all."""
-    import hashlib
-
+def fingerprint(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]] | None = None
+) -> str:
+    """What tells one model from another: a hash over the names and shapes of all tensors and up to
+    1,024 values of each, spread evenly. shapes: of the whole tensors, where ``tensors`` are parts.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        values = tensor.detach()[:1].flatten()[:1024] if tensor.dim() > 1 else tensor[:1024]
-        digest.update(values.detach().float().cpu().numpy().tobytes())
+        values = tensors[name].detach().flatten()
+        shape = tensors[name].shape if shapes is None else shapes[name]
+        digest.update(f"{name} {list(shape)}".encode())
+        count = min(SAMPLED, len(values))
+        places = torch.arange(count) * (len(values) - 1) // max(1, count - 1)
+        digest.update(values[places].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -52,7 +61,8 @@ class Journal:
 
     Every file appears whole or not at all. Block i counts as finished once its file is there; the
     hidden states of the calibration text lie beside it (``states``), and those that block i reads
-    are not touched before that. Only the first process writes blocks.
+    are not touched before that. Every file names the run that it is of, so that one copied in from
+    another is told apart. Only the first process writes blocks.
     """
 
     def __init__(self, directory: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
@@ -61,6 +71,8 @@ class Journal:
         that is there without ``resume``."""
         self.directory = directory
         facts = json.loads(json.dumps({"version": VERSION, **facts}))  # as they are read back
+        self._run = _run_of(facts)
+        self._made = False
         if directory.exists():
             if not resume:
                 raise SaltireError(
@@ -74,14 +86,27 @@ class Journal:
                 directory.mkdir(parents=True)
             except OSError as error:
                 raise SaltireError(f"cannot make {directory}: {error.strerror}.") from None
-            with replacing_file(directory / FACTS) as path:
+            self._made = True
+            with self.removed_if_refused(), replacing_file(directory / FACTS) as path:
                 path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         processes.barrier()
 
+    @contextlib.contextmanager
+    def removed_if_refused(self) -> Iterator[None]:
+        """Remove the directory when a SaltireError passes, if this run made it and has finished no
+        block: the corrected command then finds its place free. In the first process only, and
+        without waiting for the others, which may have met no error."""
+        try:
+            yield
+        except SaltireError:
+            if self._made and not self.block_file(0).exists():
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
     def _check(self, facts: Mapping[str, Any]) -> None:
         try:
-            found = json.loads((self.directory / FACTS).read_text(encoding="utf-8"))
-            names = sorted(set(found) | set(facts))
+            found = dict(json.loads((self.directory / FACTS).read_text(encoding="utf-8")))
+            names = [*NAMES, *sorted((set(found) | set(facts)) - set(NAMES))]
         except (OSError, ValueError, TypeError):
             raise SaltireError(
                 f"{self.directory} is no directory of a run: {FACTS} is missing or damaged. "
@@ -100,14 +125,22 @@ class Journal:
                 )
 
     def tokens(self) -> Tensor | None:
-        """The calibration tokens of the run, int64 [samples, T], if they have been kept."""
+        """The calibration tokens of the run, int64 [samples, T], if they have been kept. Raises
+        SaltireError for those of another run, and if they have gone since a block was finished."""
         path = self.directory / TOKENS
-        return _read(path)[0]["tokens"] if path.exists() else None
+        if path.exists():
+            return self._read_ours(path, "tokens")[0]["tokens"]
+        if self.block_file(0).exists():
+            raise SaltireError(
+                f"{path} is missing, and finished blocks were made from it. Remove "
+                f"{self.directory} and start again."
+            )
+        return None
 
     def keep_tokens(self, tokens: Tensor) -> None:
         """Keep the calibration tokens, so that going on does not sample others."""
         if processes.rank() == 0:
-            _write(self.directory / TOKENS, {"tokens": tokens}, {})
+            _write(self.directory / TOKENS, {"tokens": tokens}, self._marks("tokens"))
 
     def states(self) -> tuple[Path, Path]:
         """Files for the hidden states before even and before odd blocks, of this process."""
@@ -115,16 +148,33 @@ class Journal:
         return self.directory / f"states-{rank}-even", self.directory / f"states-{rank}-odd"
 
     def finished(self) -> int:
-        """How many blocks are finished. Raises SaltireError if one of them has gone since."""
-        count, progress = 0, self.directory / PROGRESS
+        """How many blocks are finished. Raises SaltireError if one of them has gone since, or if
+        what is said of it cannot be read."""
+        count = 0
         while self.block_file(count).exists():
             count += 1
-        if progress.exists() and count < int(progress.read_text()):
+        if count < self._promised():
             raise SaltireError(
                 f"{self.block_file(count)} is missing, and later blocks were made from it. Remove "
                 f"{self.directory} and start again."
             )
         return count
+
+    def _promised(self) -> int:
+        """How many blocks were said to be finished; the last of them may have come after that."""
+        path = self.directory / PROGRESS
+        if not path.exists():
+            return 0
+        try:
+            text = path.read_bytes().decode("ascii", "replace")
+        except OSError as error:
+            text = f"an error: {error.strerror}"
+        if not text.isdecimal():
+            raise SaltireError(
+                f"{path} is damaged: expected the number of finished blocks, came {text[:40]!r}. "
+                f"Remove {self.directory} and start again."
+            )
+        return int(text)
 
     def block_file(self, index: int) -> Path:
         """The file of a finished block."""
@@ -146,24 +196,48 @@ class Journal:
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not name.startswith(ours):
                     tensors[name] = tensor.to(rest)
-            _write(self.block_file(index), tensors, {"formats": json.dumps(dict(formats))})
+            metadata = {"formats": json.dumps(dict(formats)), **self._marks(f"block {index}")}
+            _write(self.block_file(index), tensors, metadata)
             with replacing_file(self.directory / PROGRESS) as path:
                 path.write_text(str(index + 1))
         processes.barrier()
 
     def formats(self, index: int) -> dict[str, dict[str, Any]]:
-        """The formats of a finished block's layers, by full name."""
-        return json.loads(_read(self.block_file(index))[1]["formats"])
+        """The formats of a finished block's layers, by full name. Raises SaltireError for a block
+        of another run."""
+        return json.loads(self._read_ours(self.block_file(index), f"block {index}")[1]["formats"])
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by full name."""
-        return _read(self.block_file(index))[0]
+        """The tensors of a finished block, by full name. Raises SaltireError for a block of another
+        run."""
+        return self._read_ours(self.block_file(index), f"block {index}")[0]
+
+    def _marks(self, what: str) -> dict[str, str]:
+        return {"run": self._run, "part": what}
+
+    def _read_ours(self, path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, metadata = _read(path)
+        for name, here in self._marks(what).items():
+            if (there := metadata.get(name, "nothing")) != here:
+                raise SaltireError(
+                    f"{path} does not belong to this run: expected {name} {here!r}, came "
+                    f"{there!r}. Remove {self.directory} and start again."
+                )
+        return tensors, metadata
 
     def remove(self) -> None:
         """The run has ended: nothing of this is needed any more."""
         processes.barrier()
         if processes.rank() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _run_of(facts: Mapping[str, Any]) -> str:
+    """What tells one run from another: a hash of its facts without the model's name."""
+    model = facts.get("model")
+    if isinstance(model, dict):
+        facts = {**facts, "model": model.get("fingerprint")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _difference(there: Any, here: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ LOUDEST = 5  # channels that are named
 
 @dataclass(frozen=True)
 class MatrixView:
-    """A matrix seen from afar. entropy, meanabs: see ``quant.flatness``, nats. cells: largest
-    magnitudes of its cells over its root mean square, float32 [rows, columns]. channels: the
-    columns of the largest root mean square, and that over the matrix's."""
+    """A matrix seen from afar. entropy, meanabs: see ``quant.flatness``, nats; NaN for a matrix of
+    zeros, which is neither flat nor not. cells: largest magnitudes of its cells over its root mean
+    square, float32 [rows, columns]. channels: the columns of the largest root mean square, and that
+    over the matrix's."""
 
     entropy: float
     meanabs: float
@@ -39,7 +42,8 @@ class MatrixView:
         rows, columns = (min(SIDE, size) for size in magnitude.shape)
         cells = nn.functional.adaptive_max_pool2d(magnitude[None], (rows, columns))[0] / rms
         channels = list(zip(places.tolist(), values.tolist(), strict=True))
-        return cls(flatness_entropy(matrix), flatness_meanabs(matrix), cells, channels)
+        meanabs = flatness_meanabs(matrix) if magnitude.any() else math.nan
+        return cls(flatness_entropy(matrix), meanabs, cells, channels)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class LinearView:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block. error: of what it adds to the hidden states, relative to that."""
+    """One block. error: of what it adds to the hidden states, relative to that; NaN if it added
+    nothing before and something after."""
 
     block: int
     error: float
@@ -90,7 +95,8 @@ class Views:
     def after(self, index: int, block: nn.Module, runner: BlockRunner) -> None:
         linears = {name: block.get_submodule(name) for name in self._weights}
         now = _look(block, linears, runner)
-        head_dim = int(getattr(block.get_submodule("self_attn"), "head_dim"))  # noqa: B009
+        attention: Any = block.get_submodule("self_attn")
+        head_dim = int(attention.head_dim)
         for name, linear in linears.items():
             x, y = self._before.inputs[name], self._before.outputs[name]
             first = linear.down if isinstance(linear, FactoredQuantLinear) else linear
@@ -113,8 +119,7 @@ class Views:
             )
         assert self._before.added is not None
         assert now.added is not None
-        lost = (now.added - self._before.added).norm() / self._before.added.norm()
-        self.blocks.append(BlockView(index, float(lost)))
+        self.blocks.append(BlockView(index, _share_lost(self._before.added, now.added)))
         self._before, self._weights = _Seen(), {}
 
 
@@ -122,14 +127,14 @@ def _look(block: nn.Module, linears: Mapping[str, nn.Module], runner: BlockRunne
     """One batch through the block, keeping what enters and leaves the linears."""
     seen = _Seen()
 
-    def keep(name: str) -> object:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen.inputs[name] = args[0].detach().flatten(0, -2)[:MOST_TOKENS].float()
             seen.outputs[name] = output.detach().flatten(0, -2)[:MOST_TOKENS].float()
 
         return hook
 
-    handles = [m.register_forward_hook(keep(name)) for name, m in linears.items()]  # type: ignore[arg-type]
+    handles = [m.register_forward_hook(keep(name)) for name, m in linears.items()]
     try:
         seen.added = (runner.run(block, 0).float() - runner.hidden[0]).detach()
     finally:
@@ -143,6 +148,14 @@ def _transformed(layer: QuantLinear, x: Tensor) -> Tensor:
     return ops.transform(
         x, diag=layer.diag, hadamard=f.hadamard, left=layer.left, right=layer.right
     )
+
+
+def _share_lost(was: Tensor, now: Tensor) -> float:
+    """‖now − was‖ / ‖was‖; 0 for two zeros, NaN for a zero that has become something."""
+    lost, size = float((now - was).norm()), float(was.norm())
+    if size == 0.0:
+        return math.nan if lost else 0.0
+    return lost / size
 
 
 def _error(y: Tensor, other: Tensor, width: int) -> float:

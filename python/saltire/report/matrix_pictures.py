@@ -56,7 +56,7 @@ def surfaces(view: LinearView) -> str:
     for place, (pair, kind, depth) in enumerate(
         ((view.activation, "activations", "token"), (view.weight, "weights", "output"))
     ):
-        top = max(float(seen.cells.max()) for seen in pair)
+        top = max(float(seen.cells.max()) for seen in pair) or 1.0
         for side, word in ((0, "before"), (1, "after")):
             axes: Any = figure.add_subplot(1, 4, 2 * place + side + 1, projection="3d")
             _surface(axes, pair[side], top)

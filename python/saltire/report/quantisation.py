@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from saltire.errors import SaltireError
@@ -115,8 +116,8 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _tiles(views: Views) -> str:
     def change(title: str, pairs: list[tuple[MatrixView, MatrixView]]) -> str:
-        was, now = (statistics.median(pair[side].meanabs for pair in pairs) for side in (0, 1))
-        return _tile(title, f"{was:.2f} → {now:.2f}", "median flatness")
+        was, now = (_median(pair[side].meanabs for pair in pairs) for side in (0, 1))
+        return _tile(title, f"{_number(was, 2)} → {_number(now, 2)}", "median flatness")
 
     loud = [max(view.activation[side].channels[0][1] for view in views.linears) for side in (0, 1)]
     return (
@@ -126,7 +127,7 @@ def _tiles(views: Views) -> str:
         + _tile("Loudest channel", f"{loud[0]:.1f} → {loud[1]:.1f}", "times the mean square root")
         + _tile(
             "What a block adds",
-            f"{statistics.median(b.error for b in views.blocks):.3f}",
+            _number(_median(b.error for b in views.blocks), 3),
             "median relative error",
         )
         + "</div>"
@@ -180,7 +181,19 @@ def _table(linears: Sequence[LinearView]) -> str:
 
 
 def _pair(was: float, now: float) -> str:
-    return f'<span class="was">{was:.2f}</span> → <span class="now">{now:.2f}</span>'
+    before, after = _number(was, 2), _number(now, 2)
+    return f'<span class="was">{before}</span> → <span class="now">{after}</span>'
+
+
+def _number(value: float, digits: int) -> str:
+    """A layer of zeros has no flatness: NaN is written as n/a."""
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _median(values: Iterable[float]) -> float:
+    """Of those that are numbers; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
 def _block(block: BlockView, linears: Sequence[LinearView]) -> str:
@@ -192,7 +205,7 @@ def _block(block: BlockView, linears: Sequence[LinearView]) -> str:
         if view.name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))
     )
     return (
-        f"<details><summary>Block {block.block}<span>error of what it adds {block.error:.3f}</span>"
-        f"</summary>{_image(strip(mine), f'block {block.block}')}"
+        f"<details><summary>Block {block.block}<span>error of what it adds "
+        f"{_number(block.error, 3)}</span></summary>{_image(strip(mine), f'block {block.block}')}"
         f"<p>Loudest channels before: {channels}</p></details>"
     )
