@@ -46,7 +46,7 @@ class Size:
     epochs: int
 
 
-FULL = Size(3, 8, 1024, 10**6, 2048, 100, 4)
+FULL = Size(3, 64, 1024, 10**6, 2048, 100, 2)
 QUICK = Size(1, 4, 1024, 4, 1024, 20, 2)
 ANCHORS = Size(1, 8, 1024, 12, 1024, 100, 4)  # the text on which FlatQuant's own code was measured
 
@@ -100,11 +100,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less text and fewer steps")
     parser.add_argument("--anchors", action="store_true", help="one seed, the anchors' text")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, help="how many seeds, in place of the size's")
+    parser.add_argument("--windows", type=int, help="windows of the test, in place of the size's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="only cases whose name holds one of these")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = QUICK if options.quick else ANCHORS if options.anchors else FULL
+    size = replace(size, seeds=options.seeds or size.seeds, windows=options.windows or size.windows)
     folder = Path(options.data) / "wikitext-2" if options.data else None
     report = Report("quantization", options.quick)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from saltire.cli import build_app
@@ -20,6 +21,7 @@ from saltire.models.saving import save_checkpoint
 from saltire.quant import job as quant_job
 from saltire.quant import quantize
 from saltire.quant.job import Job
+from saltire.quant.observe import Views
 from tests.tiny import random_tokens, tiny_model, tiny_tokenizer
 
 runner = CliRunner()
@@ -112,6 +114,14 @@ def test_an_effort_brings_its_text_unless_told(
     learning = jobs[0].recipe.learning
     assert jobs[0].samples == samples
     assert (None if learning is None else learning.epochs) == epochs
+
+
+def test_few_tokens_are_a_note_and_no_warning_of_python(plain: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", plain, tmp_path / "out", "--samples", 2, "--length", 8]
+    done = runner.invoke(build_app(), [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert "note: 16 calibration tokens for up to 96 inputs" in done.stderr
+    assert "UserWarning" not in done.stderr
 
 
 @pytest.mark.parametrize(("option", "bits"), [((), 4), (("--head-bits", 8), 8)])
@@ -226,8 +236,53 @@ def test_a_prompt_longer_than_the_model_is_refused_with_the_numbers(packed: Path
     assert "256" in message
 
 
-def test_quantising_twice_is_refused(packed: Path, tmp_path: Path) -> None:
-    assert "already quantised" in refusal("quantize", packed, tmp_path / "out")
+@pytest.mark.parametrize("options", [(), ("--stream", "--calibration", "text.txt")])
+def test_quantising_twice_is_refused(
+    packed: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    assert "already quantised" in refusal("quantize", packed, tmp_path / "out", *options)
+    assert not list(tmp_path.iterdir()), "nothing must be in the way of the corrected command"
+
+
+def test_a_report_lies_beside_the_checkpoint(plain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = quantize_with_report(plain, tmp_path)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<details>") == 2
+    assert "note:" not in result.output
+
+
+@pytest.mark.parametrize(("finished", "said"), [(1, "begins with block 1"), (2, "no report")])
+def test_a_resumed_run_says_what_its_report_lacks(
+    plain: Path, tmp_path: Path, finished: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if finished == 1:
+        before = Views.before
+        monkeypatch.setattr(Views, "before", lambda *a: (dies if a[1] == 1 else before)(*a))
+    else:
+        monkeypatch.setattr(quant_job, "save_checkpoint", dies)
+    assert quantize_with_report(plain, tmp_path).exit_code != 0
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out.partial").glob("block-*"))) == finished
+    result = quantize_with_report(plain, tmp_path, "--resume")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert said in result.stderr
+    assert (tmp_path / "out" / "report.html").exists() == (finished == 1)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def quantize_with_report(plain: Path, folder: Path, *options: str) -> Result:
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    size = ("--calibration", str(folder / "text.txt"), "--samples", "4", "--length", "32")
+    arguments = ["quantize", str(plain), str(folder / "out"), *size, "--report", *options]
+    return runner.invoke(build_app(), arguments)
 
 
 def test_a_process_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:

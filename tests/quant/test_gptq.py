@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saltire.errors import SaltireError
-from saltire.quant.gptq import Curvature, Grid, choose_grid
+from saltire.quant.gptq import DAMPING, Curvature, Grid, choose_grid
 
 
 def correlated_inputs(T: int, K: int) -> torch.Tensor:
@@ -83,10 +83,10 @@ def test_the_factor_is_upper_triangular_and_that_of_the_inverse(K: int) -> None:
     torch.manual_seed(2)
     x = torch.randn(max(300, 3 * K), K) * torch.rand(K) * 3
     H = x.T @ x
-    curvature = Curvature.of(H, damping=0.01)
+    curvature = Curvature.of(H)
     order, U = curvature.order, curvature.factor.double()
     assert torch.equal(U, U.triu())
-    damped = H.double() + 0.01 * H.diagonal().mean() * torch.eye(K)
+    damped = H.double() + DAMPING * H.diagonal().mean() * torch.eye(K)
     torch.testing.assert_close(
         U.T @ U @ damped[order][:, order], torch.eye(K, dtype=torch.float64), atol=1e-4, rtol=0
     )
@@ -98,6 +98,18 @@ def test_a_row_of_zeros_stays_zero_or_within_half_a_level() -> None:
     grid = choose_grid(w, torch.ones(64), 4, 0, False, torch.float32)
     rounded = decode(Curvature.of(torch.eye(64)).round(w, grid), grid, 0)
     assert torch.equal(rounded[1], torch.zeros(64).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1e-45])  # the least float32: a seventh of it is zero
+def test_a_group_of_zeros_has_a_positive_scale(dtype, zero_points, value) -> None:
+    w = torch.randn(3, 64)
+    w[1, 32:] = value
+    for importance in (torch.ones(64), torch.zeros(64)):
+        grid = choose_grid(w, importance, 4, 32, zero_points, dtype)
+        assert (grid.scale > 0).all()
+        assert float(grid.values(grid.codes(w))[1, 32:].abs().max()) < 1e-30
 
 
 def test_fewer_tokens_than_channels_still_gives_a_solution() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from saltire.errors import SaltireError
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import RECIPES, quantize
+from saltire.quant.recipe import Learning
 from tests.tiny import random_tokens, tiny_model
 
 
@@ -40,3 +41,14 @@ def test_the_head_has_the_bits_that_are_asked_for_and_more_of_them_lose_less() -
 def test_other_bits_are_refused() -> None:
     with pytest.raises(SaltireError, match="head_bits = 2; expected 16, or one of 4, 8"):
         replace(RECIPES["w4a4"], head_bits=2)
+
+
+def test_a_head_is_rounded_in_closed_form_whatever_the_blocks_learn() -> None:
+    learned = replace(RECIPES["w4a4"], learning=Learning(group_steps=5, epochs=1))
+    for recipe in (learned, replace(RECIPES["w4a4"], transform="kronecker")):
+        head = recipe.head_recipe(64)
+        assert (head.learning, head.transform) == (None, "bdq")
+    tokens = random_tokens(tiny_model("llama"), 8, 32)
+    model = quantize(tiny_model("llama"), None, learned, tokens, batch=4)
+    assert model.lm_head.right is None
+    assert model.model.layers[0].mlp.gate_proj.right is not None

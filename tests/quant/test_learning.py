@@ -11,14 +11,15 @@ from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.nn.quant_linear import QuantLinear
 from saltire.quant import RECIPES, quantize
+from saltire.quant.layer import round_weights
 from saltire.quant.learning import end_to_end
 from saltire.quant.learning.end_to_end import Teacher, tune
 from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.learning.losses import LOSSES, token_loss
 from saltire.quant.learning.straight_through import round_tokens
 from saltire.quant.learning.tuned_linear import PART, TunedInput, TunedLinear
-from saltire.quant.recipe import EFFORTS, Learning, LowRank, parse_recipe, with_effort
-from saltire.quant.transforms import starting_transform
+from saltire.quant.recipe import EFFORTS, Learning, LowRank, Recipe, parse_recipe, with_effort
+from saltire.quant.transforms import Transform, starting_transform
 from saltire.reference.transform_quantize import quantize as round_reference
 from saltire.reference.transform_quantize import transform as transform_reference
 from tests.tiny import random_tokens, tiny_model
@@ -31,12 +32,20 @@ def _uneven(tokens: int = 640, K: int = 64, N: int = 48) -> tuple[torch.Tensor, 
     return (torch.randn(tokens, K) * torch.randn(K).exp()) @ mix, torch.randn(N, K) * 0.1
 
 
-@pytest.mark.parametrize("name", ["kronecker", "bdq"])
+def _start(
+    x: torch.Tensor, w: torch.Tensor, recipe: Recipe, clip: float = 0.9
+) -> tuple[Transform, Rounding]:
+    start = starting_transform(x, w, recipe)
+    return start, Rounding.of(start, w, recipe.format(start.hadamard), recipe, clip)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "bdq", "hadamard"])
 def test_learning_lessens_the_held_out_error(name) -> None:
     x, w = _uneven()
-    start = starting_transform(x, w, replace(W4A4, transform=name))
+    recipe = replace(W4A4, transform=name, learning=Learning(group_steps=60))
+    start, rounding = _start(x, w, recipe)
     learned = learn_transform(
-        x, w, start, Rounding(4, 4, 0), steps=60, rate=1e-2, orthogonal=name != "kronecker"
+        x, w, start, rounding, steps=60, rate=1e-2, orthogonal=name != "kronecker"
     )
     assert min(learned.losses) < 0.97 * learned.losses[0]
     assert 0 < learned.clip <= 1
@@ -45,24 +54,56 @@ def test_learning_lessens_the_held_out_error(name) -> None:
     )
 
 
-def test_learned_rotations_stay_rotations() -> None:
-    x, w = _uneven(K=96)
-    start = starting_transform(x, w, W4A4)
-    learned = learn_transform(
-        x, w, start, Rounding(4, 4, 0), steps=20, rate=1e-2, orthogonal=True
-    ).transform
-    assert learned.left is not None
-    assert start.left is not None
-    assert not torch.allclose(learned.left, start.left)
-    torch.testing.assert_close(learned.left.T @ learned.left, torch.eye(3), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("K", [64, 96, 128])
+def test_learned_rotations_stay_rotations(K) -> None:
+    x, w = _uneven(K=K)
+    start, rounding = _start(x, w, replace(W4A4, learning=Learning(group_steps=20)))
+    learned = learn_transform(x, w, start, rounding, steps=20, rate=1e-2, orthogonal=True).transform
+    for before, after in ((start.left, learned.left), (start.right, learned.right)):
+        assert before is not None
+        assert after is not None
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after.T @ after, torch.eye(len(after)), rtol=0, atol=1e-5)
+    block = starting_transform(
+        x, w, replace(W4A4, rotation="block", block=32, learning=Learning(group_steps=1))
+    )
+    assert block.left is None
+    assert block.right.shape == (32, 32)
 
 
 def test_learning_that_only_harms_returns_the_start() -> None:
     x, w = _uneven()
-    start = starting_transform(x, w, W4A4)
-    learned = learn_transform(x, w, start, Rounding(4, 4, 0), steps=200, rate=3.0, orthogonal=True)
+    start, rounding = _start(x, w, W4A4)
+    learned = learn_transform(x, w, start, rounding, steps=200, rate=3.0, orthogonal=True)
     assert learned.transform is start
+    assert learned.clip is None  # whoever asks searches it as for any transform
     assert len(learned.losses) < 200 // 10  # it stopped early
+
+
+@pytest.mark.parametrize("name", ["bdq", "hadamard", "smooth"])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 8), (2, 4)])
+def test_learning_by_groups_never_harms_a_linear(name, bits) -> None:
+    """Held out here, where what comes back is rounded as a layer is."""
+    x, w = _uneven(tokens=2000)
+    seen, held = x[:1500], x[1500:]
+    recipe = replace(W4A4, transform=name, weight_bits=bits[0], act_bits=bits[1])
+    lost = []
+    for learning in (None, Learning(group_steps=40)):
+        layer = round_weights(seen, w, replace(recipe, learning=learning), "w").layer(0, len(w))
+        lost.append(float((layer(held) - held @ w.T).norm()))
+        if bits[1] == 8:
+            assert layer.format.clip == 1
+    assert lost[1] < 1.02 * lost[0]
+
+
+def test_learning_without_clips_learns_none() -> None:
+    x, w = _uneven()
+    recipe = replace(W4A4, clip=False, learning=Learning(group_steps=20))
+    made = round_weights(x, w, recipe, "w")
+    assert made.format.clip == 1
+    _, rounding = _start(x, w, recipe)
+    assert rounding.act_clip is None
+    torch.testing.assert_close(rounding.weight_clip, torch.ones_like(rounding.weight_clip))
 
 
 def test_straight_through_rounds_as_the_kernel_does() -> None:

@@ -117,6 +117,22 @@ def test_what_is_sampled_does_not_depend_on_who_computes_the_logits(
     assert torch.equal(calibration_tokens("self", model, TOKENIZER, samples=3, length=24), ours)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(monkeypatch, ours, value) -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight[3] = value
+
+    def refuse(model: object) -> None:
+        raise SaltireError("another architecture")
+
+    if not ours:
+        monkeypatch.setattr(texts, "build_decoder", refuse)
+    with pytest.raises(SaltireError, match=r"after \d+ tokens its logits hold NaN or infinity"):
+        calibration_tokens("self", model, TOKENIZER, samples=2, length=12)
+
+
 def test_many_texts_are_written_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     first = calibration_tokens("self", model, TOKENIZER, samples=2, length=16)

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from saltire.models.adapters import adapter_for
+from saltire.models.kv_rounding import rounded
 from saltire.quant.blocks import BlockRunner
-from saltire.quant.learning.stages import turn_values
+from saltire.quant.learning.stages import balance_keys, turn_values
 from saltire.quant.recipe import RECIPES, TRANSFORMS
 from saltire.quant.transforms import Transform, input_diagonal, rotation, starting_transform
+from saltire.quant.transforms.keys import key_diagonal
 from saltire.quant.transforms.values import geometric_mean, principal_turns
 from saltire.reference.transform_quantize import hartley_matrix, quantize, transform
 from tests.tiny import ARCHITECTURES, random_tokens, tiny_model
@@ -67,6 +69,48 @@ def test_turned_values_leave_the_model_unchanged(architecture) -> None:
         runner.advance(block)
     assert not torch.equal(model.get_submodule("model.layers.0.self_attn.v_proj").weight, before)
     torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_balanced_keys_leave_the_model_unchanged(architecture) -> None:
+    model = tiny_model(architecture).double()
+    tokens = random_tokens(model, 4, 24)
+    first = model.model.layers[0].self_attn
+    first.k_proj.weight[3::16] *= 20
+    want, before = model(tokens).logits, first.k_proj.weight.clone()
+    adapter = adapter_for(model.config)
+    runner = BlockRunner(model, adapter, tokens, 2)
+    for block in adapter.blocks(model):
+        balance_keys(runner, block, adapter)
+        runner.advance(block)
+    normed = hasattr(first, "k_norm")
+    assert torch.equal(first.k_proj.weight, before) == normed
+    torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_balanced_keys_are_rounded_with_less_harm_to_the_scores() -> None:
+    tokens, heads, size = 400, 2, 16
+    loud = torch.tensor([0.0, 2.0, -2.0, 1.0, 0.5, -1.0, 0.0, 0.3]).exp()
+    query = torch.randn(tokens, 2 * heads, size) / torch.cat([loud, loud])
+    key = torch.randn(tokens, heads, size) * torch.cat([loud, loud])
+    key[..., 5] = 0.0  # a channel that is silent, beside one that is not
+    diagonal = key_diagonal(
+        query.square().sum(0).flatten(), key.square().sum(0).flatten(), size
+    ).float()
+    torch.testing.assert_close(diagonal[:, : size // 2], diagonal[:, size // 2 :])
+    torch.testing.assert_close(diagonal.log().mean(1), torch.zeros(heads), rtol=0, atol=1e-5)
+
+    def harm(d: torch.Tensor) -> float:
+        wide = d.repeat_interleave(2, dim=0)
+        kept = rounded(key * d, 4).repeat_interleave(2, dim=1)
+        exact = (key * d).repeat_interleave(2, dim=1)
+        lost = torch.einsum("qhd,khd->hqk", query / wide, kept - exact)
+        return float(lost.norm())
+
+    assert harm(diagonal) < 0.5 * harm(torch.ones(heads, size))
+    silent = key_diagonal(torch.zeros(2 * heads * size), torch.zeros(heads * size), size)
+    assert torch.equal(silent, torch.ones_like(silent))
 
 
 def _noise(sigma: torch.Tensor, gram: torch.Tensor, M: torch.Tensor) -> float:

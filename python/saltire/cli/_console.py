@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -30,6 +32,34 @@ def run(app: typer.Typer) -> None:
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
+
+
+def note(message: str) -> None:
+    """One line on stderr of what is worth knowing and stops nothing."""
+    err.print(f"[yellow]note:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Within it, a UserWarning is a note, without the place in the code that it came from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def as_note(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is UserWarning:
+                note(str(message))
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = as_note
+        yield
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def train_selfplay(values: dict[str, Any], resume: bool, as_json: bool) -> None:
     if rank():
         return
     for message in trainer.messages:
-        _console.err.print(f"[yellow]note:[/] {message}", highlight=False, soft_wrap=True)
+        _console.note(message)
     last = records[-1] if records else {}
     if as_json:
         _console.print_json({"output": config.output, "model": str(model), "last": last})

@@ -6,10 +6,14 @@ import resource
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from saltire.cli import _console
+
+if TYPE_CHECKING:
+    from saltire.quant.observe import Views
 
 
 def register(app: typer.Typer) -> None:
@@ -68,12 +72,12 @@ def quantize(
     from saltire.quant.recipe import EFFORTS, parse_recipe, with_effort, with_transform
 
     chosen = parse_recipe(recipe)
+    if transform:
+        chosen = with_transform(chosen, transform)
     if effort:
         chosen = with_effort(chosen, effort)
     if samples is None:
         samples = EFFORTS[effort or "fast"].samples
-    if transform:
-        chosen = with_transform(chosen, transform)
     if kv_bits is not None:
         chosen = replace(chosen, kv_bits=kv_bits)
     if head_bits is not None:
@@ -96,18 +100,17 @@ def quantize(
         resume=resume,
     )
     views = Views() if report else None
-    size = run(job, views)
+    with _console.warnings_as_notes():
+        size = run(job, views)
     if processes.rank() != 0:
         return
     if views is not None:
-        from saltire.report.quantisation import write_report
-
         about = {
             "recipe": chosen.name,
             "weights": f"{size / 1e6:.1f} MB",
             "calibrated on": f"{samples} × {length} tokens of {calibration}",
         }
-        write_report(views, f"{model}, quantised to {chosen.name}", about, out / "report.html")
+        _report(views, f"{model}, quantised to {chosen.name}", about, out / "report.html")
     facts = {
         "model": model,
         "recipe": chosen.name,
@@ -128,3 +131,18 @@ def quantize(
     )
     if "low_rank" in facts:
         _console.out.print(facts["low_rank"])
+
+
+def _report(views: Views, title: str, about: dict[str, str], path: Path) -> None:
+    """Write the report; say what it lacks where the run went on from an earlier one."""
+    from saltire.report.quantisation import write_report
+
+    if not views.blocks:
+        note = "no report: an earlier run finished every block, and a report has to see them before"
+    else:
+        write_report(views, title, about, path)
+        first = views.blocks[0].block
+        note = f"the report begins with block {first}; an earlier run finished those before"
+        if first == 0:
+            return
+    _console.note(f"{note}.")

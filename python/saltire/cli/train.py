@@ -65,7 +65,7 @@ def train(
     if rank():
         return
     for message in trainer.messages:
-        _console.err.print(f"[yellow]note:[/] {message}", highlight=False, soft_wrap=True)
+        _console.note(message)
     memory = peak_memory_mb()
     if as_json:
         last = records[-1] if records else {}

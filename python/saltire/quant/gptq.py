@@ -17,6 +17,7 @@ from saltire.quant.finite import all_finite
 from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 
 COARSE, FINE = 13, 4  # ranges of a grid that are tried, and steps to the next on either side
+DAMPING = 0.01  # of the mean diagonal, added to all of it: GPTQ's own
 SOLVED_AT_ONCE = 128  # columns of a triangle below which halving it costs more than it saves
 
 
@@ -71,7 +72,7 @@ def choose_grid(
         middle = SYMMETRIC_ZERO[bits]
         full = blocks.abs().amax(-1) / (top - middle)
         low = torch.zeros_like(full)
-    tiny = torch.finfo(scale_dtype).tiny
+    tiny = torch.finfo(scale_dtype).tiny  # of a group of zeros: any scale above 0 represents it
     best = torch.full_like(full, float("inf"))
     best_scale = full.clone()
     best_zero = torch.full_like(full, middle if middle is not None else 0.0)
@@ -102,8 +103,6 @@ def choose_grid(
         for sign in (-1.0, 1.0):
             offset = sign * spacing * step / FINE
             consider((around + offset).clamp(least, 1.0))
-    # A group of zeros has scale 0: any positive scale represents it.
-    best_scale = torch.where(best_scale > 0, best_scale, torch.ones_like(best_scale))
     return Grid(best_scale.to(scale_dtype).to(w.dtype), best_zero, bits)
 
 
@@ -121,8 +120,8 @@ class Curvature:
     power: Tensor
 
     @classmethod
-    def of(cls, H: Tensor, damping: float = 0.01) -> Curvature:
-        """Damp by a share of the mean diagonal, order, factorise.
+    def of(cls, H: Tensor) -> Curvature:
+        """Damp by DAMPING of the mean diagonal, order, factorise.
 
         H: float [K, K]. An input that is always zero teaches nothing: all columns count alike, so
         that GPTQ rounds to nearest. Raises SaltireError if H is not finite.
@@ -140,7 +139,7 @@ class Curvature:
         # U = M⁻¹: half of the work of inverting H and factorising the inverse.
         backwards = order.flip(0)
         ridge = H.double()[backwards][:, backwards]
-        ridge.diagonal().add_(damping * float(power.mean()))
+        ridge.diagonal().add_(DAMPING * float(power.mean()))
         M = torch.linalg.cholesky(ridge).flip(0, 1)
         return cls(order, upper_inverse(M).float(), power.float())
 

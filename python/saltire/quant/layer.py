@@ -46,20 +46,23 @@ class InputRounding:
         sizes = [0 if m is None else len(m) for m in (transform.left, transform.right)]
         format = recipe.format(transform.hadamard, *sizes)
         format.check_fits(where, x.shape[1])
-        clip, learning = None if recipe.clip else 1.0, recipe.learning
+        clip, learning = None, recipe.learning
         if learning is not None and learning.group_steps and recipe.transform != "none":
+            clip = best_clip(x, transform, format) if recipe.clip else 1.0
             learned = learn_transform(
                 x,
                 weight,
                 transform,
-                Rounding(recipe.weight_bits, recipe.act_bits, recipe.group),
+                Rounding.of(transform, weight, format, recipe, clip),
                 steps=learning.group_steps,
                 rate=learning.group_rate,
                 orthogonal=recipe.transform != "kronecker",
                 diagonal=format.diag,
             )
-            transform, clip = learned.transform, learned.clip if recipe.clip else 1.0
-        format = replace(format, clip=best_clip(x, transform, format) if clip is None else clip)
+            transform, clip = learned.transform, learned.clip
+        if clip is None:
+            clip = best_clip(x, transform, format) if recipe.clip else 1.0
+        format = replace(format, clip=clip)
         moment = second_moment(x, transform, format)
         return cls(format, transform, Curvature.of(moment), recipe.clip)
 
@@ -137,16 +140,17 @@ def round_weights(x: Tensor, weight: Tensor, recipe: Recipe, where: str) -> Roun
 
 
 def quantize_group(
-    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe
+    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe, path: str = ""
 ) -> dict[str, QuantLinear]:
     """Quantise linears of ``parent`` that share the input x, and put them in place.
 
-    x: float32 [tokens, K], what enters them in the model quantised so far. Returns name -> new
-    layer. Raises SaltireError for activations or weights that are not finite.
+    x: float32 [tokens, K], what enters them in the model quantised so far. path: of ``parent``, for
+    errors. Returns name -> new layer. Raises SaltireError for activations or weights that are not
+    finite.
     """
-    where = " / ".join(names)
+    where = full_names(path, names)
     check_activations(x, where)
-    linears = [finite_linear(parent, name) for name in names]
+    linears = [finite_linear(parent, name, path) for name in names]
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
     rounded = round_weights(x, weight, recipe, where)
     made, start = {}, 0
@@ -156,6 +160,11 @@ def quantize_group(
         put(parent, name, made[name])
         start = stop
     return made
+
+
+def full_names(path: str, names: tuple[str, ...]) -> str:
+    """Linears of the module at ``path`` ("" for the model itself), as errors name them."""
+    return " / ".join(f"{path}.{name}" if path else name for name in names)
 
 
 def put(parent: nn.Module, name: str, new: nn.Module) -> None:
@@ -200,13 +209,14 @@ def second_moment(x: Tensor, transform: Transform, format: LinearFormat) -> Tens
     return sum_over_all(upper + upper.triu(1).T)
 
 
-def finite_linear(parent: nn.Module, name: str) -> nn.Linear:
-    """The linear called ``name``; SaltireError if it is none, or if its weight is not finite."""
-    linear = parent.get_submodule(name)
+def finite_linear(parent: nn.Module, name: str, path: str = "") -> nn.Linear:
+    """The linear called ``name``; SaltireError if it is none, or if its weight is not finite. path:
+    of ``parent``, for errors."""
+    linear, where = parent.get_submodule(name), full_names(path, (name,))
     if not isinstance(linear, nn.Linear):
-        raise SaltireError(f"{name} is a {type(linear).__name__}; expected a linear layer.")
+        raise SaltireError(f"{where} is a {type(linear).__name__}; expected a linear layer.")
     if not all_finite(linear.weight):
-        raise SaltireError(f"{name}: the weight holds NaN or infinity. The model is damaged.")
+        raise SaltireError(f"{where}: the weight holds NaN or infinity. The model is damaged.")
     return linear
 
 

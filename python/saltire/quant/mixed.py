@@ -20,7 +20,7 @@ from saltire.processes import sum_over_all, world_size
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.gptq import choose_grid
-from saltire.quant.layer import check_activations, finite_linear
+from saltire.quant.layer import check_activations, finite_linear, full_names
 from saltire.quant.recipe import Recipe
 
 # (weight bits, group) from small to large. 3 bits lie in containers of 4: they save nothing.
@@ -119,9 +119,9 @@ def mixed_recipes(
     for index, block in enumerate(track(adapter.blocks(model), "measuring sensitivity")):
         for group in adapter.groups:
             x = runner.inputs_of(block, group[0])
-            check_activations(x, " / ".join(group))
-            linears = [finite_linear(block, name) for name in group]
             prefix = f"{adapter.blocks_path}.{index}"
+            check_activations(x, full_names(prefix, group))
+            linears = [finite_linear(block, name, prefix) for name in group]
             grads = torch.cat([gradients[f"{prefix}.{name}"] for name in group])
             costs[f"{prefix}.{group[0]}"] = GroupCost.of(linears, _minds(x, linears, grads))
         runner.advance(block)

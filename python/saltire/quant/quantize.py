@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,10 @@ from saltire.nn.quant_linear import QuantLinear
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.embedding import round_embedding
+from saltire.quant.gptq import DAMPING
 from saltire.quant.journal import Journal
 from saltire.quant.layer import put, quantize_group
-from saltire.quant.learning.stages import prepare, turn_values
+from saltire.quant.learning.stages import balance_keys, prepare, turn_values
 from saltire.quant.lowrank.compress import GroupMethod, group_method
 from saltire.quant.recipe import Recipe, parse_recipe
 from saltire.quant.texts import calibration_tokens
@@ -63,8 +65,14 @@ class Pass:
     observer: Observer | None = None
 
     def run(self) -> dict[str, AnyFormat]:
-        """Quantise what is not yet quantised; full name -> format of every layer."""
+        """Quantise what is not yet quantised; full name -> format of every layer.
+
+        Raises SaltireError before anything is changed for layers that the recipe does not fit.
+        Warns (UserWarning) of fewer tokens than a layer has inputs.
+        """
         model, adapter, journal = self.model, self.adapter, self.journal
+        check_layers(model, adapter, self.recipe)
+        self._warn_of_few_tokens()
         set_kv_bits(model, self.recipe.kv_bits)
         method = group_method(model, adapter, self.tokens, self.batch, self.recipe)
         done = 0 if journal is None else journal.finished()
@@ -81,6 +89,8 @@ class Pass:
                 self.observer.before(index, block, runner)
             if self.recipe.turns_values:
                 turn_values(runner, block, adapter)
+            if self.recipe.balances_keys:
+                balance_keys(runner, block, adapter)
             made = quantize_block(block, path, adapter, runner, method)
             if self.observer is not None:
                 self.observer.after(index, block, runner)
@@ -95,6 +105,18 @@ class Pass:
             formats |= made
             self.weights.empty(block)
         return formats | self._head(runner)
+
+    def _warn_of_few_tokens(self) -> None:
+        inputs = rounded_inputs(self.model, self.adapter, self.recipe)
+        name, most = max(inputs.items(), key=lambda item: item[1], default=("", 0))
+        tokens = self.tokens.numel() * processes.world_size()
+        if tokens < most and processes.rank() == 0:
+            warnings.warn(
+                f"{tokens} calibration tokens for up to {most} inputs ({name}): GPTQ's Hessian is "
+                f"singular there, and the {DAMPING:.0%} that damps it decides how weights are "
+                f"rounded. Give more samples (--samples): at least {most} tokens in all.",
+                stacklevel=5,  # who calls quantize: run, quantize and no_grad lie between
+            )
 
     def _embedding(self) -> dict[str, AnyFormat]:
         """Round the embedding, unless it also is a head that stays as it is."""
@@ -149,6 +171,23 @@ def quantize_block(
     return formats
 
 
+def rounded_inputs(model: nn.Module, adapter: Adapter, recipe: Recipe) -> dict[str, int]:
+    """Full name -> inputs of the linears that a recipe rounds, the head last; shapes are enough."""
+    names = [*adapter.linear_names(model), *([adapter.head_path] if recipe.rounds_head else [])]
+    layers = {name: model.get_submodule(name) for name in names}
+    return {name: m.in_features for name, m in layers.items() if isinstance(m, nn.Linear)}
+
+
+def check_layers(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
+    """Raise SaltireError, naming the first, for layers whose inputs the recipe does not fit."""
+    for name, inputs in rounded_inputs(model, adapter, recipe).items():
+        if name == adapter.head_path:
+            layer = recipe.head_recipe(inputs)
+        else:  # a budget chooses groups that fit
+            layer = replace(recipe, group=0) if recipe.mixed else recipe
+        layer.format().check_fits(name, inputs)
+
+
 @torch.no_grad()
 def quantize(
     model: PreTrainedModel,
@@ -169,13 +208,19 @@ def quantize(
     Face dataset, or tokens int64 [samples, length]. batch: samples run at once. journal: keeps what
     is finished, for a run that goes on after a kill (``saltire.quant.job`` makes one). Under
     torchrun the processes divide the samples. Afterwards ``model.save_pretrained`` writes packed
-    integers. Raises SaltireError for an unsupported architecture, a model already quantised, or
-    unusable calibration.
+    integers. Raises SaltireError for an unsupported architecture, a model already quantised, layers
+    that the recipe does not fit, or unusable calibration; warns of fewer tokens than a layer has
+    inputs.
     """
     recipe = parse_recipe(recipe)
     adapter = adapter_for(model.config)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
-        raise SaltireError("the model is already quantised. Start from the original model.")
+        found = getattr(getattr(model.config, "quantization_config", None), "recipe", "")
+        raise SaltireError(
+            f"the model is already quantised{f' to {found}' if found else ''}. Start from the "
+            "original model."
+        )
+    check_layers(model, adapter, recipe)  # Pass.run would, but text is long to sample
     model.eval()
     tokens = None if journal is None else journal.tokens()
     if tokens is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,7 +22,16 @@ Rotation = Literal["none", "block", "full"]
 Gauge = Literal["down", "up", "balanced", "closed", "learned", "hadamard", "learned-hadamard"]
 GAUGES: tuple[Gauge, ...] = get_args(Gauge)
 BRANCH_BITS = (4, 8, 16)
-T = TypeVar("T")
+HEAD_BITS = (4, 8)
+REST_DTYPES = ("bfloat16", "float16", "float32")
+MOST_BLOCK = 4096  # channels of one Hadamard; more would cost more than it mixes
+KRONECKER_STEPS = 100  # FlatQuant's start is a random rotation: nothing without its learning
+T = TypeVar("T", bound="LowRank | Learning | Recipe")
+
+
+def _require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise SaltireError(f"{name} = {value!r}; expected one of {', '.join(map(str, allowed))}.")
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,11 @@ class LowRank:
     branch_bits: int = 4
 
     def __post_init__(self) -> None:
-        if self.kind not in ("factored", "residual"):
-            raise SaltireError(f"kind = {self.kind!r}; expected factored or residual.")
-        if not self.share > 0:
+        _require("kind", self.kind, ("factored", "residual"))
+        if not 0 < self.share < math.inf:
             raise SaltireError(f"share = {self.share}; expected a share of W4's bytes above 0.")
-        if self.gauge not in GAUGES:
-            raise SaltireError(f"gauge = {self.gauge!r}; expected one of {', '.join(GAUGES)}.")
-        if self.branch_bits not in BRANCH_BITS:
-            raise SaltireError(f"branch_bits = {self.branch_bits}; expected 4, 8 or 16.")
+        _require("gauge", self.gauge, GAUGES)
+        _require("branch_bits", self.branch_bits, BRANCH_BITS)
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,13 @@ class Learning:
     loss: Loss = "kl"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise SaltireError(f"loss = {self.loss!r}; expected one of {', '.join(LOSSES)}.")
-        if min(self.group_steps, self.epochs) < 0 or min(self.group_rate, self.rate) <= 0:
-            raise SaltireError("learning takes no negative steps or epochs, and rates above 0.")
-
-
-HEAD_BITS = (4, 8)
+        _require("loss", self.loss, tuple(LOSSES))
+        for name in ("group_steps", "epochs"):
+            if getattr(self, name) < 0:
+                raise SaltireError(f"{name} = {getattr(self, name)}; expected 0 (none) or more.")
+        for name in ("group_rate", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SaltireError(f"{name} = {getattr(self, name)}; expected a rate above 0.")
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,10 @@ class Recipe:
     turn each head's values into principal directions first, offline (``transforms.values``).
     rotation: of ``hadamard`` and ``bdq``: ``none``; ``block``, a Hadamard of ``block`` channels;
     ``full``, one rotation over all. clip: shrink the ranges of activations and weights where that
-    loses less. learning: what is learned after the closed forms. head_bits: of the head that gives
-    the logits: 4 (in groups of 64 where they fit) or 8, on 8-bit activations, or 16 for as it is.
-    rest_dtype: dtype in which the tensors that are not quantised (norms) are stored.
+    loses less. learning: what is learned after the closed forms; ``kronecker`` is nothing without,
+    so it learns by groups for KRONECKER_STEPS where no steps are given. head_bits: of the head that
+    gives the logits: 4 (in groups of 64 where they fit) or 8, on 8-bit activations, or 16 for as it
+    is. rest_dtype: in which the tensors that are not quantised (norms) are stored, of REST_DTYPES.
     embedding_bits: 8 or 4, or 16 for ``rest_dtype``; an embedding that is the head too stays if the
     head does. low_rank: join it with a low-rank decomposition of the linears in the blocks.
     kv_bits: of the keys and values that the model keeps: 8, 4 or 2, or 16 for as they come.
@@ -119,20 +126,33 @@ class Recipe:
     learning: Learning | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise SaltireError(f"name = {self.name!r}; expected some text.")
+        for field, kind in (("learning", Learning), ("low_rank", LowRank)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise SaltireError(
+                    f"{field} = {value!r}; expected a {kind.__name__} (in YAML a mapping of "
+                    f"{', '.join(known.name for known in fields(kind))}), or nothing."
+                )
         check_kv_bits(self.kv_bits)
-        if self.embedding_bits not in (*EMBEDDING_BITS, UNROUNDED):
+        for field, known in (("embedding_bits", EMBEDDING_BITS), ("head_bits", HEAD_BITS)):
+            if getattr(self, field) not in (*known, UNROUNDED):
+                raise SaltireError(
+                    f"{field} = {getattr(self, field)!r}; expected 16, or one of "
+                    f"{', '.join(map(str, known))}."
+                )
+        _require("transform", self.transform, TRANSFORMS)
+        _require("rotation", self.rotation, get_args(Rotation))
+        _require("rest_dtype", self.rest_dtype, REST_DTYPES)
+        if self.block not in (2**power for power in range(MOST_BLOCK.bit_length())):
             raise SaltireError(
-                f"embedding_bits = {self.embedding_bits!r}; expected 16, or one of "
-                f"{', '.join(map(str, EMBEDDING_BITS))}."
+                f"block = {self.block!r}; expected a power of two of at most {MOST_BLOCK}."
             )
-        if self.head_bits not in (*HEAD_BITS, UNROUNDED):
+        if not math.isfinite(self.bits_per_weight) or not math.isfinite(self.budget_mb):
             raise SaltireError(
-                f"head_bits = {self.head_bits!r}; expected 16, or one of "
-                f"{', '.join(map(str, HEAD_BITS))}."
-            )
-        if self.transform not in TRANSFORMS:
-            raise SaltireError(
-                f"transform = {self.transform!r}; expected one of {', '.join(TRANSFORMS)}."
+                f"bits_per_weight = {self.bits_per_weight}, budget_mb = {self.budget_mb}; expected "
+                "finite numbers."
             )
         if self.mixed and (
             min(self.bits_per_weight, self.budget_mb) < 0
@@ -143,14 +163,20 @@ class Recipe:
                 f"bits_per_weight = {self.bits_per_weight}, budget_mb = {self.budget_mb}; expected "
                 "one of them, above 0, and no low rank, which has a budget of its own."
             )
-        if self.rotation not in ("none", "block", "full"):
-            raise SaltireError(f"rotation = {self.rotation!r}; expected none, block or full.")
         self.format()  # refuses bits and groups that no kernel has
+        if self.transform == "kronecker" and not (self.learning and self.learning.group_steps):
+            learning = replace(self.learning or Learning(), group_steps=KRONECKER_STEPS)
+            object.__setattr__(self, "learning", learning)  # frozen, but not yet out of our hands
 
     @property
     def turns_values(self) -> bool:
         """Whether each block's values are turned before it is quantised."""
         return self.turn and self.transform == "bdq" and self.low_rank is None
+
+    @property
+    def balances_keys(self) -> bool:
+        """Whether queries and keys are evened out first, for a cache that rounds keys."""
+        return self.turns_values and self.kv_bits != UNROUNDED
 
     @property
     def rounds_head(self) -> bool:
@@ -189,19 +215,27 @@ class Recipe:
         return replace(self, transform="none", learning=None)
 
     def head_recipe(self, inputs: int) -> Recipe:
-        """How a head of so many inputs is quantised: gently, as its noise goes to the logits."""
+        """How a head of so many inputs is quantised: gently, as its noise goes to the logits, and
+        in closed form, as its outputs are too many to learn from."""
         bits = self.head_bits
         group = 64 if bits == 4 and inputs % 64 == 0 else 0
-        return replace(self, weight_bits=bits, act_bits=8, group=group, zero_points=False)
-
-
-KRONECKER_STEPS = 100  # FlatQuant's start is a random rotation: nothing without its learning
+        transform = "bdq" if self.transform == "kronecker" else self.transform
+        return replace(
+            self,
+            transform=transform,
+            learning=None,
+            weight_bits=bits,
+            act_bits=8,
+            group=group,
+            zero_points=False,
+        )
 
 
 @dataclass(frozen=True)
 class Effort:
     """What ``--effort`` stands for. samples: of the calibration text, where no number is given:
-    what is learned is as good as its text is long."""
+    what is learned is as good as its text is long. learning: beside that by groups, which
+    ``kronecker`` does at every effort."""
 
     samples: int
     learning: Learning | None = None
@@ -255,21 +289,24 @@ def parse_recipe(recipe: str | Recipe) -> Recipe:
 
 def with_effort(recipe: Recipe, effort: str) -> Recipe:
     """The recipe with what an effort learns: ``fast`` closed forms only; ``normal`` and ``best``
-    also learn. SaltireError for another name."""
+    also learn. ``kronecker`` keeps its steps by groups at every effort, or takes those of the
+    effort where they are more. SaltireError for another name."""
     if effort not in EFFORTS:
         raise SaltireError(f"effort = {effort!r}; expected one of {', '.join(EFFORTS)}.")
-    return replace(recipe, learning=EFFORTS[effort].learning)
+    learning, old = EFFORTS[effort].learning, recipe.learning
+    if recipe.transform == "kronecker" and old is not None:
+        new = learning or Learning()
+        steps = max(new.group_steps, old.group_steps)
+        learning = replace(new, group_steps=steps, group_rate=old.group_rate)
+    return replace(recipe, learning=learning)
 
 
 def with_transform(recipe: Recipe, transform: str) -> Recipe:
-    """The recipe with another transform of the family; ``kronecker`` needs its learning, so it gets
-    FlatQuant's where the recipe learns nothing. SaltireError for an unknown name."""
+    """The recipe with another transform of the family; ``kronecker`` gets FlatQuant's learning
+    where the recipe learns nothing by groups (see Recipe). SaltireError for an unknown name."""
     if transform not in TRANSFORMS:
         raise SaltireError(f"transform = {transform!r}; expected one of {', '.join(TRANSFORMS)}.")
-    learning = recipe.learning
-    if transform == "kronecker" and (learning is None or learning.group_steps == 0):
-        learning = replace(learning or Learning(), group_steps=KRONECKER_STEPS)
-    return replace(recipe, transform=transform, learning=learning)
+    return replace(recipe, transform=transform)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -295,19 +332,19 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {field.name: getattr(recipe, field.name) for field in fields(recipe)}
 
 
-def _build(kind: Callable[..., T], values: dict[Any, Any], where: str) -> T:
-    """Make a dataclass from what YAML gave; every value has its default's type."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+def _build(kind: type[T], values: dict[Any, Any], where: str) -> T:
+    """Make a dataclass from what YAML gave. Fields that are plain values have their own type, an
+    int passing for a float; SaltireError names the file and the field."""
+    hints = get_type_hints(kind)
     for name, value in values.items():
-        if name not in known:
-            raise SaltireError(f"{where}: unknown field {name!r}; known: {', '.join(known)}.")
-        default = known[name].default
-        wanted = type(default) if default is not MISSING and default is not None else None
+        if name not in hints:
+            raise SaltireError(f"{where}: unknown field {name!r}; known: {', '.join(hints)}.")
+        wanted = str if get_origin(hints[name]) is Literal else hints[name]
         if wanted is float and type(value) is int:
             continue
-        if wanted is not None and type(value) is not wanted:
+        if wanted in (bool, int, float, str) and type(value) is not wanted:
             raise SaltireError(f"{where}: {name} = {value!r}; expected a {wanted.__name__}.")
     try:
         return kind(**values)
-    except TypeError as error:
+    except (SaltireError, TypeError) as error:
         raise SaltireError(f"{where}: {error}") from None

@@ -15,6 +15,7 @@ from saltire.errors import MissingExtraError, SaltireError
 from saltire.models.cache_argument import cache_argument
 from saltire.models.decoder import build_decoder
 from saltire.progress import track
+from saltire.quant.finite import all_finite
 
 AT_ONCE = 32  # texts that a model writes side by side: a cache for all would not fit
 MAX_CHARACTERS = 20_000_000  # read of one source: far more than any calibration needs
@@ -109,7 +110,7 @@ def sample_from_model(model: Any, tokenizer: Any, samples: int, length: int, see
     """Text that the model writes at temperature 1 from short openings: int64 [samples, length].
 
     An end-of-text token does not end a sample: the model goes on with another text, as it was
-    trained to.
+    trained to. Raises SaltireError for a model whose logits are NaN or infinite.
     """
     if tokenizer is None:
         raise SaltireError("sampling from the model needs its tokenizer; give one, or give tokens.")
@@ -128,6 +129,12 @@ def sample_from_model(model: Any, tokenizer: Any, samples: int, length: int, see
         batch = f", batch {number} of {-(-samples // AT_ONCE)}" if samples > AT_ONCE else ""
         for _ in track(range(length - short), f"sampling calibration text{batch}"):
             probabilities = after(step).float().softmax(-1).cpu()
+            if not all_finite(probabilities):  # one bad logit makes all of its row NaN
+                raise SaltireError(
+                    f"the model cannot write its own calibration text: after {tokens.shape[1]} "
+                    "tokens its logits hold NaN or infinity. Check the model's files; another "
+                    "text would meet the same."
+                )
             step = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, step], dim=1)
         written.append(tokens)

@@ -7,31 +7,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saltire.nn.linear_format import LinearFormat
 from saltire.processes import average_over_all
+from saltire.quant.gptq import choose_grid
 from saltire.quant.learning.straight_through import round_tokens, round_weights
+from saltire.quant.recipe import Recipe
 from saltire.quant.transforms import Transform
+from saltire.reference.lowbit_gemm import SYMMETRIC_ZERO
 from saltire.reference.transform_quantize import hadamard_matrix
 
 BATCH, HELD_OUT, CHECK_EVERY, PATIENCE = 256, 512, 10, 3
-CLIP_LOGIT = 4.0  # sigmoid(4) = 0.982: FlatQuant's start for learned clips
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the transform is learned for."""
+    """What the transform is learned for.
+
+    act_clip: where the clip of the input starts, or None for an input that is not clipped;
+    weight_clip: where those of the weights start, float [N, K / G].
+    """
 
     weight_bits: int
     act_bits: int
     group: int
+    act_clip: float | None
+    weight_clip: Tensor
+
+    @classmethod
+    def of(
+        cls, start: Transform, weight: Tensor, format: LinearFormat, recipe: Recipe, clip: float
+    ) -> Rounding:
+        """Clips start where they are best for the transform that learning starts from, that of the
+        input at ``clip``. Weights: float32 [N, K]."""
+        bits, G = format.weight_bits, format.group or weight.shape[1]
+        turned = start.weights(weight)
+        even = torch.ones(weight.shape[1])  # a rotation makes all inputs alike
+        grid = choose_grid(turned, even, bits, format.group, False, torch.float32, recipe.clip)
+        top = 2**bits - 1 - SYMMETRIC_ZERO[bits]
+        whole = turned.view(len(weight), -1, G).abs().amax(-1)
+        kept = grid.scale * top / whole.clamp_min(1e-30)
+        unclipped = format.act_bits == 8 or not recipe.clip
+        return cls(bits, format.act_bits, format.group, None if unclipped else clip, kept)
 
 
 @dataclass(frozen=True)
 class LearnedTransform:
-    """transform and clip: those with the least held-out error. losses: on held-out tokens, the
-    squared error over the squared output, at the start and at every check."""
+    """transform and clip: those with the least held-out error; clip is None where the start was
+    best, or nothing is clipped. losses: on held-out tokens, the squared error over the squared
+    output, at the start and at every check."""
 
     transform: Transform
-    clip: float
+    clip: float | None
     losses: tuple[float, ...]
 
 
@@ -42,7 +68,9 @@ class _Parameters:
     every skew S and the identity at 0, so they stay exact rotations and start where they were.
     """
 
-    def __init__(self, start: Transform, rows: int, orthogonal: bool, diagonal: bool) -> None:
+    def __init__(
+        self, start: Transform, rounding: Rounding, orthogonal: bool, diagonal: bool
+    ) -> None:
         self.start, self.orthogonal = start, orthogonal
         self.log_d = start.diagonal.float().log().requires_grad_(diagonal)
         self.factors = {
@@ -52,14 +80,24 @@ class _Parameters:
             for name in ("left", "right")
             if (factor := getattr(start, name)) is not None
         }
-        self.act_clip = torch.tensor(1.5).requires_grad_()  # sigmoid(1.5) = 0.82
-        self.weight_clip = torch.full((rows, 1), 1.5).requires_grad_()
+        clip = rounding.act_clip
+        self._act_clip = None if clip is None else _logit(torch.tensor(clip)).requires_grad_()
+        self._weight_clip = _logit(rounding.weight_clip).requires_grad_()
         B = start.hadamard
         self.hadamard = hadamard_matrix(B).float() if start.right is None and B > 1 else None
 
     def all(self) -> list[Tensor]:
         log_d = [self.log_d] if self.log_d.requires_grad else []
-        return [*log_d, *self.factors.values(), self.act_clip, self.weight_clip]
+        clip = [] if self._act_clip is None else [self._act_clip]
+        return [*log_d, *self.factors.values(), *clip, self._weight_clip]
+
+    @property
+    def act_clip(self) -> Tensor | None:
+        return None if self._act_clip is None else self._act_clip.sigmoid()
+
+    @property
+    def weight_clip(self) -> Tensor:
+        return self._weight_clip.sigmoid()
 
     def factor(self, name: str) -> Tensor | None:
         moved = self.factors.get(name)
@@ -93,6 +131,10 @@ class _Parameters:
         return _mixed(x / d, left, mix), _mixed(weight * d, dual_left, dual_mix)
 
 
+def _logit(share: Tensor) -> Tensor:
+    return share.clamp(0.01, 0.995).logit()
+
+
 def _mixed(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     shape = x.shape
     if right is not None:
@@ -117,31 +159,33 @@ def learn_transform(
     """Move a transform so that ``Q(T(x))·Q(V(w))ᵀ`` comes nearer to ``x·wᵀ``.
 
     loss = ‖Q(T(x))·Q(V(w))ᵀ - x·wᵀ‖² / ‖x·wᵀ‖² over tokens drawn at random, through both roundings
-    (straight through; weights to nearest, GPTQ follows). Moved are log D (unless ``diagonal`` is
-    false), the dense factors (``orthogonal``: by Cayley's map, else freely), one clip for the input
-    and one an output. AdamW, cosine. Tokens held out say which step was the best and when to stop:
-    what comes back is never worse on them than the start. Several processes average their losses
-    and gradients. x: float32 [tokens, K]; weight: float32 [N, K].
+    (straight through; weights to nearest). Moved are log D (unless ``diagonal`` is false), the
+    dense factors (``orthogonal``: by Cayley's map, else freely), the clip of the input and those of
+    the weights; the latter only go along, as GPTQ's grid is searched anew. AdamW, cosine. Tokens
+    held out say which step was the best and when to stop: what comes back is never worse on them
+    than the start. Several processes average their losses and gradients. x: float32 [tokens, K];
+    weight: float32 [N, K].
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     cut = min(HELD_OUT, max(1, len(x) // 8))
     held, rest = order[:cut], order[cut:] if len(x) > 1 else order
-    parameters = _Parameters(start, len(weight), orthogonal, diagonal)
+    parameters = _Parameters(start, rounding, orthogonal, diagonal)
     optimiser = torch.optim.AdamW(parameters.all(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), rate / 100)
 
     def loss(rows: Tensor) -> Tensor:
         tokens = x[rows]
         rotated, turned = parameters.both(tokens, weight)
-        rounded = round_tokens(rotated, rounding.act_bits, parameters.act_clip.sigmoid())
-        clip = parameters.weight_clip.sigmoid()
-        got = rounded @ round_weights(turned, rounding.weight_bits, rounding.group, clip).T
+        clip = parameters.act_clip
+        rounded = round_tokens(rotated, rounding.act_bits, 1.0 if clip is None else clip)
+        kept = parameters.weight_clip
+        got = rounded @ round_weights(turned, rounding.weight_bits, rounding.group, kept).T
         want = tokens @ weight.T
         return (got - want).square().sum() / want.square().sum().clamp_min(1e-30)
 
     losses: list[float] = []
-    best, best_clip, worse = start, 1.0, 0
+    best, best_clip, worse = start, None, 0
     for step in range(steps + 1):
         if step % CHECK_EVERY == 0 or step == steps:
             with torch.no_grad():
@@ -151,7 +195,8 @@ def learn_transform(
             if not losses or now < min(losses):
                 if losses:
                     best = parameters.transform()
-                    best_clip = float(parameters.act_clip.detach().sigmoid())
+                    clip = parameters.act_clip
+                    best_clip = None if clip is None else float(clip.detach())
                 worse = 0
             else:
                 worse += 1

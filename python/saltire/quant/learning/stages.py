@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +16,10 @@ from saltire.quant.blocks import BlockRunner
 from saltire.quant.finite import all_finite
 from saltire.quant.learning.end_to_end import Teacher, tune
 from saltire.quant.recipe import Recipe
+from saltire.quant.transforms.keys import fold_key_diagonal, key_diagonal
 from saltire.quant.transforms.values import fold_turns, principal_turns
+
+CHUNK = 2048  # tokens whose queries are held at once
 
 
 def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None:
@@ -30,6 +34,32 @@ def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None
     share = output.in_features // value.out_features
     fold_turns(value, output, principal_turns(sum_over_all(x.T @ x), output.weight, size, share))
     runner.forget()
+
+
+def balance_keys(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None:
+    """Even out what queries and keys of a block that is not quantised yet carry, for a cache that
+    rounds keys (``transforms.keys``). In place; nothing where a norm comes between."""
+    query, key = (block.get_submodule(name) for name in adapter.groups[0][:2])
+    assert isinstance(query, nn.Linear)
+    assert isinstance(key, nn.Linear)
+    attention = block.get_submodule(adapter.output.rpartition(".")[0])
+    if hasattr(attention, "k_norm"):
+        return
+    x = runner.inputs_of(block, adapter.groups[0][0])
+    if not all_finite(x):
+        return  # as above
+    query_power, key_power = (_power_of_outputs(linear, x) for linear in (query, key))
+    size = int(attention.head_dim)  # type: ignore[arg-type]
+    fold_key_diagonal(query, key, key_diagonal(query_power, key_power, size))
+    runner.forget()
+
+
+def _power_of_outputs(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The sum of squares of each output over the tokens of all processes: float32 [N]."""
+    parts = [
+        linear(part.to(linear.weight.dtype)).float().square().sum(0) for part in x.split(CHUNK)
+    ]
+    return sum_over_all(torch.stack(parts).sum(0))
 
 
 def prepare(

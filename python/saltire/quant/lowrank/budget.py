@@ -15,7 +15,7 @@ from saltire.models.adapters import Adapter
 from saltire.ops.lowbit_gemm import CONTAINER_BITS
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
-from saltire.quant.layer import check_activations, finite_linear
+from saltire.quant.layer import check_activations, finite_linear, full_names
 from saltire.quant.lowrank.factored import RANK_MULTIPLE
 from saltire.quant.lowrank.truncation import Statistics, spectrum
 
@@ -161,16 +161,17 @@ def spectra(
     for index, block in enumerate(track(adapter.blocks(model), "measuring ranks")):
         for group in adapter.groups:
             x = runner.inputs_of(block, group[0])
-            check_activations(x, " / ".join(group))
+            path = f"{adapter.blocks_path}.{index}"
+            check_activations(x, full_names(path, group))
             statistics = Statistics.of(x)
             for name in group:
-                found[f"{adapter.blocks_path}.{index}.{name}"] = _spectrum(block, name, statistics)
+                linear = finite_linear(block, name, path)
+                found[f"{path}.{name}"] = _spectrum(linear, statistics)
         runner.advance(block)
     return found
 
 
-def _spectrum(block: nn.Module, name: str, statistics: Statistics) -> LayerSpectrum:
-    linear = finite_linear(block, name)
+def _spectrum(linear: nn.Linear, statistics: Statistics) -> LayerSpectrum:
     power = spectrum(linear.weight.detach(), statistics).square()
     whole = power.sum()
     N, K = linear.out_features, linear.in_features

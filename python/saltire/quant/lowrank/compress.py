@@ -48,19 +48,19 @@ def group_method(
     if recipe.mixed:
         recipes = mixed_recipes(model, adapter, tokens, batch, recipe)
         return lambda block, path, names, x: quantize_group(
-            block, names, x, recipes[f"{path}.{names[0]}"]
+            block, names, x, recipes[f"{path}.{names[0]}"], path
         )
     if settings is None:
-        return lambda block, path, names, x: quantize_group(block, names, x, recipe)
+        return lambda block, path, names, x: quantize_group(block, names, x, recipe, path)
     layers = spectra(model, adapter, tokens, batch)
     if settings.kind == "factored":
         ranks = allocate(layers, settings.share, recipe.weight_bits)
         return lambda block, path, names, x: factor_group(
-            block, names, x, recipe, {name: ranks[f"{path}.{name}"] for name in names}
+            block, names, x, recipe, {name: ranks[f"{path}.{name}"] for name in names}, path
         )
     sizes = branch_ranks(
         layers, settings.share, recipe.weight_bits, settings.branch_bits, recipe.group
     )
     return lambda block, path, names, x: residual_group(
-        block, names, x, recipe, {name: sizes[f"{path}.{name}"] for name in names}
+        block, names, x, recipe, {name: sizes[f"{path}.{name}"] for name in names}, path
     )

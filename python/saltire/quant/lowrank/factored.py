@@ -11,7 +11,13 @@ from saltire.errors import SaltireError
 from saltire.nn.factored_linear import FactoredQuantLinear
 from saltire.nn.linear_format import FactoredFormat
 from saltire.nn.quant_linear import QuantLinear
-from saltire.quant.layer import check_activations, finite_linear, put, round_weights
+from saltire.quant.layer import (
+    check_activations,
+    finite_linear,
+    full_names,
+    put,
+    round_weights,
+)
 from saltire.quant.lowrank.dam import apply_gauge
 from saltire.quant.lowrank.learning import learn_diagonal
 from saltire.quant.lowrank.truncation import Factors, Statistics, check_rank, truncate
@@ -68,25 +74,28 @@ def factor_group(
     x: Tensor,
     recipe: Recipe,
     ranks: dict[str, int | None],
+    path: str = "",
 ) -> dict[str, QuantLinear | FactoredQuantLinear]:
     """Put quantised factors in place of linears that share the input x.
 
     x: float32 [tokens, K], what enters them in the model compressed so far. ranks: of each linear;
-    None keeps it whole. All first factors (and whole weights) get one transform of the input, so
-    that it is quantised once. Returns name -> new layer. Raises as quantize_group does.
+    None keeps it whole. path: of ``parent``, for errors. All first factors (and whole weights) get
+    one transform of the input, so that it is quantised once. Returns name -> new layer. Raises as
+    quantize_group does.
     """
-    settings, where = recipe.low_rank, " / ".join(names)
+    settings, where = recipe.low_rank, full_names(path, names)
     assert settings is not None
     check_activations(x, where)
     statistics = Statistics.of(x)
     parts = []
     for name in names:
-        linear, rank = finite_linear(parent, name), ranks[name]
+        linear, rank = finite_linear(parent, name, path), ranks[name]
+        full = full_names(path, (name,))
         factors = None
         if rank is not None:
-            check_factored_rank(rank, linear.out_features, linear.in_features, name)
+            check_factored_rank(rank, linear.out_features, linear.in_features, full)
             weight = linear.weight.detach().float()
-            factors = split(weight, x, statistics, rank, recipe, settings, name)
+            factors = split(weight, x, statistics, rank, recipe, settings, full)
         parts.append(_Part(name, linear, factors))
     rounded = round_weights(x, torch.cat([part.first for part in parts]), recipe, where)
     made: dict[str, QuantLinear | FactoredQuantLinear] = {}
@@ -99,7 +108,7 @@ def factor_group(
             new = rounded.layer(start, stop, bias)
         else:
             down = rounded.layer(start, stop)
-            up = _second(down, x, part.factors, recipe, part.name, bias)
+            up = _second(down, x, part.factors, recipe, full_names(path, (part.name,)), bias)
             format = FactoredFormat(part.factors.rank, down.format, up.format)
             new = FactoredQuantLinear(K, N, format, bias=bias is not None)
             new.down, new.up = down, up

@@ -27,8 +27,8 @@ class Interaction:
     """
 
     rank: int
-    e_L: float  # noqa: N815
-    e_Q: float  # noqa: N815
+    e_L: float  # noqa: N815 (L and Q as in docs/dam.md)
+    e_Q: float  # noqa: N815 (likewise)
     e_factors: float
     lq: float
     ql: float

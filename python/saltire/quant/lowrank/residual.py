@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saltire import ops
 from saltire.nn.quant_linear import QuantLinear, decode_rows, encode_rows
 from saltire.quant.gptq import Curvature, choose_grid
-from saltire.quant.layer import InputRounding, check_activations, finite_linear, put
+from saltire.quant.layer import InputRounding, check_activations, finite_linear, full_names, put
 from saltire.quant.lowrank.dam import apply_gauge
 from saltire.quant.lowrank.truncation import Factors, Statistics, truncate
 from saltire.quant.recipe import LowRank, Recipe
@@ -26,17 +26,22 @@ Stored = tuple[Tensor, Tensor | None]  # codes, and their scales
 
 
 def residual_group(
-    parent: nn.Module, names: tuple[str, ...], x: Tensor, recipe: Recipe, ranks: dict[str, int]
+    parent: nn.Module,
+    names: tuple[str, ...],
+    x: Tensor,
+    recipe: Recipe,
+    ranks: dict[str, int],
+    path: str = "",
 ) -> dict[str, QuantLinear]:
     """Quantise linears that share the input x, each with a branch of its rank (0: none).
 
-    x: float32 [tokens, K]. Returns name -> new layer, put in place. Raises SaltireError as
-    quantize_group does.
+    x: float32 [tokens, K]. path: of ``parent``, for errors. Returns name -> new layer, put in
+    place. Raises SaltireError as quantize_group does.
     """
-    settings, where = recipe.low_rank, " / ".join(names)
+    settings, where = recipe.low_rank, full_names(path, names)
     assert settings is not None
     check_activations(x, where)
-    linears = [finite_linear(parent, name) for name in names]
+    linears = [finite_linear(parent, name, path) for name in names]
     weights = [linear.weight.detach().float() for linear in linears]
     sizes = [len(weight) for weight in weights]
     statistics = Statistics.of(x)

@@ -13,7 +13,7 @@ from saltire.errors import SaltireError
 from saltire.models.adapters import adapter_for
 from saltire.progress import track
 from saltire.quant.blocks import BlockRunner
-from saltire.quant.layer import finite_linear
+from saltire.quant.layer import check_activations, finite_linear, full_names
 from saltire.quant.lowrank.factored import RANK_MULTIPLE
 from saltire.quant.lowrank.interaction import Interaction, interaction
 from saltire.quant.recipe import Gauge, Recipe
@@ -45,7 +45,7 @@ def survey(
     min(N, K), rounded to what the kernels take.
 
     tokens: int64 [samples, T]. The model is not changed. Raises SaltireError for shares outside
-    (0, 1] and for a model with quantised layers.
+    (0, 1], for a model with quantised layers and for values that are not finite.
     """
     if not shares or any(not 0 < share <= 1 for share in shares):
         raise SaltireError(f"shares = {list(shares)}; expected shares of the full rank in (0, 1].")
@@ -55,11 +55,13 @@ def survey(
     runner = BlockRunner(model, adapter, tokens, 1)
     found = []
     for index, block in enumerate(track(adapter.blocks(model), "measuring interactions")):
+        path = f"{adapter.blocks_path}.{index}"
         for group in adapter.groups if index % every == 0 else ():
             x = runner.inputs_of(block, group[0])
+            check_activations(x, full_names(path, group))
             x = x[:: -(-len(x) // MOST_TOKENS)]
             for name in group:
-                weight = finite_linear(block, name).weight.detach()
+                weight = finite_linear(block, name, path).weight.detach()
                 most = min(weight.shape) // RANK_MULTIPLE * RANK_MULTIPLE
                 if not most:
                     continue  # no rank that the kernels could run

@@ -11,6 +11,7 @@ from saltire.processes import sum_over_all, world_size
 from saltire.quant.recipe import Recipe
 from saltire.quant.transforms.closed_form import input_diagonal, rotation
 from saltire.quant.transforms.transform import Transform
+from saltire.reference.transform_quantize import hadamard_matrix, hartley_matrix
 
 SMOOTH_ALPHA = 0.5  # SmoothQuant's migration strength
 CHUNK = 2048  # tokens squared at once
@@ -36,12 +37,29 @@ def starting_transform(x: Tensor, weight: Tensor, recipe: Recipe) -> Transform:
         generator = torch.Generator().manual_seed(K)
         factors = [_random_rotation(size, generator) for size in (A, B)]
         return Transform(_migration(x, weight, KRONECKER_ALPHA), 1, *factors)
-    hadamard, left64 = rotation(K, recipe)
-    left = None if left64 is None else left64.float()
+    how = _rotation(K, recipe)
     if recipe.transform == "hadamard":
-        return Transform(ones, hadamard, left)
+        return Transform(ones, *how)
     rms_x, rms_w = _over_all(_power(x)).sqrt(), weight.square().mean(0).sqrt()
-    return Transform(input_diagonal(rms_x, rms_w).float(), hadamard, left)
+    return Transform(input_diagonal(rms_x, rms_w).float(), *how)
+
+
+def _rotation(K: int, recipe: Recipe) -> tuple[int, Tensor | None, Tensor | None]:
+    """The Hadamard size, left and right factor that a rotation starts from.
+
+    One that will be learned has two dense factors of about √K, or one of ``block``: a fast Hadamard
+    transform has nothing to learn.
+    """
+    hadamard, left = rotation(K, recipe)
+    if recipe.learning is None or recipe.learning.group_steps == 0 or recipe.rotation == "none":
+        return hadamard, None if left is None else left.float(), None
+    A, B = kronecker_sizes(K) if recipe.rotation == "full" else (1, hadamard)
+    return 1, None if A == 1 else _even_rotation(A), _even_rotation(B)
+
+
+def _even_rotation(size: int) -> Tensor:
+    power_of_two = size & (size - 1) == 0
+    return (hadamard_matrix(size) if power_of_two else hartley_matrix(size)).float()
 
 
 def kronecker_sizes(K: int) -> tuple[int, int]:
