@@ -49,7 +49,8 @@ from saltire.quant.lowrank.factored import factor_group
 from saltire.quant.lowrank.learning import learn_diagonal
 from saltire.quant.lowrank.residual import residual_group
 from saltire.quant.lowrank.truncation import Statistics, truncate
-from saltire.quant.recipe import RECIPES, LowRank, Recipe
+from saltire.quant.recipe import LowRank, Recipe
+from saltire.quant.recipes import RECIPES
 from saltire.quant.texts import calibration_tokens, evaluation_tokens
 
 Ranks = Mapping[str, "int | None"]

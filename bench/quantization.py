@@ -5,11 +5,11 @@ measured on WikiText-2 test; gap = perplexity - perplexity of fp32. Keys of the 
 over seeds; the CSV has each): w4a4_gap_vs_kronecker (<= 0.55), w4a4_gap_vs_hadamard (<= 0.3),
 w4a4_ppl_ratio (<= 1.22), kronecker_ppl_ratio (<= 1.578, FlatQuant's own), w2a4_gap_vs_kronecker
 (<= 0.61; groups of 64), w4a8_ppl_ratio (<= 1.08), w4a4kv4_over_w4a4 (<= 1.03), normal_seconds
-(<= 2,400), fast_seconds (<= 180). The full run uses three seeds, the whole file at a context of
-2,048, and adds the ablations; it takes hours. ``--anchors``: one seed, 12 windows of 1,024, on
-which FlatQuant's own code gave 36.07 against 22.86 in fp32. ``--quick``: one seed, less text, fewer
-steps, the same method; ``--only`` finds the ablations too. Without --data (or SALTIRE_DATA) the
-embedded texts take WikiText-2's place.
+(<= 2,400), fast_seconds (<= 180), normal_peak_mb (<= 1,500, beyond the loaded model). The full run
+uses three seeds, the whole file at a context of 2,048, and adds the ablations; it takes hours.
+``--anchors``: one seed, 12 windows of 1,024, on which FlatQuant's own code gave 36.07 against 22.86
+in fp32. ``--quick``: one seed, less text, fewer steps, the same method; ``--only`` finds the
+ablations too. Without --data (or SALTIRE_DATA) the embedded texts take WikiText-2's place.
 """
 
 from __future__ import annotations
@@ -85,13 +85,29 @@ def ablations(size: Size) -> Iterator[tuple[str, Recipe]]:
     yield "w2a4 per channel", replace(RECIPES["w2a4"], head_bits=16, learning=learning)
 
 
-def measure(recipe: Recipe, calibration: Tensor, test: Tensor, seed: int) -> tuple[float, float]:
-    """Perplexity of the default model under a recipe, and the seconds it took to quantise."""
+@dataclass(frozen=True)
+class Outcome:
+    """megabytes: the most that quantising took beyond the loaded model, files mapped included."""
+
+    ppl: float
+    seconds: float
+    megabytes: float
+
+
+def measure(recipe: Recipe, calibration: Tensor, test: Tensor, seed: int) -> Outcome:
+    """The default model under a recipe."""
     model, tokenizer = load_model()
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+    loaded, start = resident("VmRSS"), time.perf_counter()
     quantize(model, tokenizer, recipe, calibration, seed=seed)
-    seconds = time.perf_counter() - start
-    return perplexity(model, test).value, seconds
+    seconds, peak = time.perf_counter() - start, resident("VmHWM")
+    return Outcome(perplexity(model, test).value, seconds, peak - loaded)
+
+
+def resident(what: str) -> float:
+    """Megabytes of this process in memory, VmRSS now or VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e6
 
 
 def main() -> None:
@@ -122,8 +138,7 @@ def main() -> None:
     whole = options.only or not options.quick
     cases = [*headline(size), *(ablations(size) if whole else [])]
     wanted = options.only.split(",")
-    found: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {}
+    found: dict[str, list[Outcome]] = {}
     for seed in range(options.seed, options.seed + size.seeds):
         calibration = calibration_tokens(
             str(folder / "valid.txt") if folder else "self",
@@ -136,22 +151,23 @@ def main() -> None:
         for name, recipe in cases:
             if not any(part in name for part in wanted):
                 continue
-            ppl, spent = measure(recipe, calibration, test, seed)
-            found.setdefault(name, []).append(ppl)
-            seconds.setdefault(name, []).append(spent)
-            row = {"case": name, "variant": f"seed {seed}", "ppl": round(ppl, 3)}
-            row |= {"over_fp32": round(ppl / fp32, 4), "quantise_s": round(spent, 1)}
+            got = measure(recipe, calibration, test, seed)
+            found.setdefault(name, []).append(got)
+            row = {"case": name, "variant": f"seed {seed}", "ppl": round(got.ppl, 3)}
+            row |= {"over_fp32": round(got.ppl / fp32, 4), "quantise_s": round(got.seconds, 1)}
+            row |= {"samples": len(calibration), "windows": len(test), "context": test.shape[1]}
+            row |= {"peak_mb": round(got.megabytes)}
             report.rows.append(row)
             print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
-    keys(report, fp32, found, seconds)
+    keys(report, fp32, found)
     report.keys["text"] = "wikitext-2" if folder else "embedded"
     report.finish()
 
 
-def keys(
-    report: Report, fp32: float, found: dict[str, list[float]], seconds: dict[str, list[float]]
-) -> None:
+def keys(report: Report, fp32: float, outcomes: dict[str, list[Outcome]]) -> None:
     """The figures of the last line, of those cases that were run."""
+    found = {name: [one.ppl for one in all_seeds] for name, all_seeds in outcomes.items()}
+    normal, fast = (outcomes.get(f"w4a4 bdq {effort}", []) for effort in ("normal", "fast"))
 
     def gaps(above: str, below: str) -> list[float]:
         if above not in found or below not in found:
@@ -174,8 +190,9 @@ def keys(
         "kronecker_ppl_ratio": ratios("w4a4 kronecker"),
         "w4a8_ppl_ratio": ratios("w4a8 bdq fast"),
         "w4a4kv4_over_w4a4": ratios("w4a4kv4 bdq normal", "w4a4 bdq normal"),
-        "normal_seconds": seconds.get("w4a4 bdq normal", []),
-        "fast_seconds": seconds.get("w4a4 bdq fast", []),
+        "normal_seconds": [one.seconds for one in normal],
+        "fast_seconds": [one.seconds for one in fast],
+        "normal_peak_mb": [one.megabytes for one in normal],
     }
     report.key("ppl_fp32", fp32)
     for name, values in figures.items():

@@ -10,7 +10,7 @@ import torch
 from saltire import ops
 from saltire.nn.linear_format import LinearFormat
 from saltire.quant.layer import MOMENT_CHUNK, PANEL, round_weights, second_moment
-from saltire.quant.recipe import RECIPES
+from saltire.quant.recipes import RECIPES
 from saltire.quant.transforms import Transform
 
 

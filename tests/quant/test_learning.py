@@ -18,7 +18,8 @@ from saltire.quant.learning.group import Rounding, learn_transform
 from saltire.quant.learning.losses import LOSSES, token_loss
 from saltire.quant.learning.straight_through import round_tokens
 from saltire.quant.learning.tuned_linear import PART, TunedInput, TunedLinear
-from saltire.quant.recipe import EFFORTS, Learning, LowRank, Recipe, parse_recipe, with_effort
+from saltire.quant.recipe import Learning, LowRank, Recipe
+from saltire.quant.recipes import EFFORTS, parse_recipe, with_effort
 from saltire.quant.transforms import Transform, starting_transform
 from saltire.reference.transform_quantize import quantize as round_reference
 from saltire.reference.transform_quantize import transform as transform_reference

@@ -9,7 +9,8 @@ import pytest
 
 from saltire.errors import SaltireError
 from saltire.quant import RECIPES, Recipe, parse_recipe, with_effort, with_transform
-from saltire.quant.recipe import EFFORTS, KRONECKER_STEPS, Learning, LowRank
+from saltire.quant.recipe import KRONECKER_STEPS, Learning, LowRank
+from saltire.quant.recipes import EFFORTS
 
 W4A4 = RECIPES["w4a4"]
 
@@ -109,3 +110,10 @@ def test_an_effort_replaces_what_other_transforms_learn() -> None:
     recipe = replace(W4A4, learning=Learning(group_steps=50))
     assert with_effort(recipe, "fast").learning is None
     assert with_effort(recipe, "normal").learning == EFFORTS["normal"].learning
+
+
+def test_a_file_is_no_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {path}")
+    with pytest.raises(SaltireError, match=r"unknown recipe .*mine\.yaml"):
+        parse_recipe(str(path))

@@ -12,7 +12,8 @@ from saltire.models.adapters import adapter_for
 from saltire.models.kv_rounding import rounded
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.learning.stages import balance_keys, turn_values
-from saltire.quant.recipe import RECIPES, TRANSFORMS
+from saltire.quant.recipe import TRANSFORMS
+from saltire.quant.recipes import RECIPES
 from saltire.quant.transforms import Transform, input_diagonal, rotation, starting_transform
 from saltire.quant.transforms.keys import key_diagonal
 from saltire.quant.transforms.values import geometric_mean, principal_turns

@@ -35,7 +35,8 @@ def analyze(
     """Measure the errors of truncation and of quantisation, alone and together, and draw them."""
     from saltire.models.loading import load_model
     from saltire.quant.lowrank.survey import SHARES, survey
-    from saltire.quant.recipe import GAUGES, parse_recipe
+    from saltire.quant.recipe import GAUGES
+    from saltire.quant.recipes import parse_recipe
     from saltire.quant.texts import evaluation_tokens
     from saltire.report.heatmap import draw_png, write_page
 

@@ -69,7 +69,7 @@ def quantize(
     from saltire.quant.job import Job, run
     from saltire.quant.lowrank.compress import kept_whole
     from saltire.quant.observe import Views
-    from saltire.quant.recipe import EFFORTS, parse_recipe, with_effort, with_transform
+    from saltire.quant.recipes import EFFORTS, parse_recipe, with_effort, with_transform
 
     chosen = parse_recipe(recipe)
     if transform:

@@ -26,7 +26,8 @@ from saltire.quant.journal import Journal
 from saltire.quant.layer import put, quantize_group
 from saltire.quant.learning.stages import balance_keys, prepare, turn_values
 from saltire.quant.lowrank.compress import GroupMethod, group_method
-from saltire.quant.recipe import Recipe, parse_recipe
+from saltire.quant.recipe import Recipe
+from saltire.quant.recipes import parse_recipe
 from saltire.quant.texts import calibration_tokens
 
 

@@ -12,7 +12,8 @@ from saltire.quant.layer import check_activations, round_weights
 from saltire.quant.lowrank.dam import apply_gauge
 from saltire.quant.lowrank.factored import check_factored_rank, quantised_factors
 from saltire.quant.lowrank.truncation import Factors, Statistics, truncate
-from saltire.quant.recipe import Gauge, Recipe, parse_recipe
+from saltire.quant.recipe import Gauge, Recipe
+from saltire.quant.recipes import parse_recipe
 
 
 @dataclass(frozen=True)
