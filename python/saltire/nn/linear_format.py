@@ -70,7 +70,7 @@ class LinearFormat:
                 "Saltire's kernels cannot run this layer."
             )
         if self.group and K % self.group:
-            fitting = " and ".join(str(group) for group in GROUPS if group and K % group == 0)
+            fitting = " or ".join(str(group) for group in GROUPS if group and K % group == 0)
             raise SaltireError(
                 f"{name}: K = {K} inputs cannot be cut into groups of {self.group}. Kernels have "
                 f"groups of {', '.join(map(str, GROUPS[1:]))}; choose {fitting}, or 0 for one "
