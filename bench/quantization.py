@@ -15,6 +15,8 @@ ablations too. Without --data (or SALTIRE_DATA) the embedded texts take WikiText
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import statistics
 import time
@@ -96,6 +98,8 @@ class Outcome:
 
 def measure(recipe: Recipe, calibration: Tensor, test: Tensor, seed: int) -> Outcome:
     """The default model under a recipe."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the case before left behind goes back to the system
     model, tokenizer = load_model()
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     loaded, start = resident("VmRSS"), time.perf_counter()
