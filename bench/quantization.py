@@ -7,9 +7,10 @@ w4a4_ppl_ratio (<= 1.22), kronecker_ppl_ratio (<= 1.578, FlatQuant's own), w2a4_
 (<= 0.61; groups of 64), w4a8_ppl_ratio (<= 1.08), w4a4kv4_over_w4a4 (<= 1.03), normal_seconds
 (<= 2,400), fast_seconds (<= 180), normal_peak_mb (<= 1,500, beyond the loaded model). The full run
 uses three seeds, the whole file at a context of 2,048, and adds the ablations; it takes hours.
-``--anchors``: one seed, 12 windows of 1,024, on which FlatQuant's own code gave 36.07 against 22.86
-in fp32. ``--quick``: one seed, less text, fewer steps, the same method; ``--only`` finds the
-ablations too. Without --data (or SALTIRE_DATA) the embedded texts take WikiText-2's place.
+``--anchors``: one seed, as much text as FlatQuant's own code had when it gave 36.07 against 22.86
+in fp32 (of windows that are not known: docs/bdq.md). ``--quick``: one seed, less text, fewer steps,
+the same method; ``--only`` finds the ablations too. Without --data (or SALTIRE_DATA) the embedded
+texts take WikiText-2's place.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Size:
 
 FULL = Size(3, 64, 1024, 10**6, 2048, 100, 2)
 QUICK = Size(1, 4, 1024, 4, 1024, 20, 2)
-ANCHORS = Size(1, 8, 1024, 12, 1024, 100, 4)  # the text on which FlatQuant's own code was measured
+ANCHORS = Size(1, 8, 1024, 12, 1024, 100, 4)  # as much text as FlatQuant's own code had
 
 
 def headline(size: Size) -> Iterator[tuple[str, Recipe]]:

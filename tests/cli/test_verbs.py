@@ -116,6 +116,15 @@ def test_an_effort_brings_its_text_unless_told(
     assert (None if learning is None else learning.epochs) == epochs
 
 
+def test_kronecker_learns_no_less_at_the_best_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(quant_job, "run", lambda job, views: jobs.append(job) or 1)
+    json_of("quantize", "default", "out", "--transform", "kronecker", "--effort", "best")
+    learning = jobs[0].recipe.learning
+    assert learning is not None
+    assert (learning.group_steps, learning.epochs) == (100, 4)
+
+
 def test_few_tokens_are_a_note_and_no_warning_of_python(plain: Path, tmp_path: Path) -> None:
     arguments = ["quantize", plain, tmp_path / "out", "--samples", 2, "--length", 8]
     done = runner.invoke(build_app(), [str(a) for a in arguments])

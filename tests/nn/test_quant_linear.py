@@ -148,7 +148,7 @@ def test_an_impossible_format_is_refused(values, message) -> None:
     ("format", "K", "message"),
     [
         (LinearFormat(), 40, "multiple of 32"),
-        (LinearFormat(group=128), 192, "groups of 128.* choose 32 or 64"),
+        (LinearFormat(group=128), 192, "group blocks of 128.* choose 32 or 64"),
         (LinearFormat(hadamard=128), 192, "hadamard blocks of 128"),
         (LinearFormat(left=5, hadamard=32), 192, "left"),
     ],

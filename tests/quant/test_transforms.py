@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from saltire.models.adapters import adapter_for
 from saltire.models.kv_rounding import rounded
+from saltire.quant import quantize as quantize_model
 from saltire.quant.blocks import BlockRunner
 from saltire.quant.learning.stages import balance_keys, turn_values
-from saltire.quant.recipe import TRANSFORMS
+from saltire.quant.recipe import TRANSFORMS, LowRank
 from saltire.quant.recipes import RECIPES
 from saltire.quant.transforms import Transform, input_diagonal, rotation, starting_transform
 from saltire.quant.transforms.keys import key_diagonal
@@ -112,6 +114,36 @@ def test_balanced_keys_are_rounded_with_less_harm_to_the_scores() -> None:
     assert harm(diagonal) < 0.5 * harm(torch.ones(heads, size))
     silent = key_diagonal(torch.zeros(2 * heads * size), torch.zeros(heads * size), size)
     assert torch.equal(silent, torch.ones_like(silent))
+
+
+@torch.no_grad()
+def test_a_cache_of_few_bits_gets_balanced_keys(monkeypatch) -> None:
+    recipe = replace(RECIPES["w8a8"], kv_bits=2, head_bits=16)
+    tokens = random_tokens(tiny_model("llama"), 8, 32)
+    lost = []
+    for balance in (balance_keys, lambda *_: None):
+        monkeypatch.setattr(import_module("saltire.quant.quantize"), "balance_keys", balance)
+        model = tiny_model("llama")
+        for block in model.model.layers:
+            for start in (3, 3 + block.self_attn.head_dim // 2):  # a pair of RoPE's
+                block.self_attn.k_proj.weight[start :: block.self_attn.head_dim] *= 30
+                block.self_attn.q_proj.weight[start :: block.self_attn.head_dim] /= 30
+        want = model(tokens).logits
+        quantize_model(model, None, recipe, tokens)
+        lost.append(float((model(tokens).logits - want).norm() / want.norm()))
+    assert lost[0] < 0.9 * lost[1]
+
+
+def test_keys_are_balanced_where_a_cache_rounds_them() -> None:
+    kv4 = RECIPES["w4a4kv4"]
+    assert kv4.balances_keys
+    assert replace(kv4, turn=False).balances_keys
+    for other in (
+        RECIPES["w4a4"],
+        replace(kv4, transform="hadamard"),
+        replace(kv4, low_rank=LowRank("residual", 1.25)),
+    ):
+        assert not other.balances_keys
 
 
 def _noise(sigma: torch.Tensor, gram: torch.Tensor, M: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -57,6 +57,10 @@ class Adapter:
     def output(self) -> str:
         """The linear that mixes the heads' values: the end of attention."""
         return self.parts[0].end
+
+    def attention(self, block: nn.Module) -> Any:
+        """A block's attention: it has a ``head_dim``, and a ``k_norm`` where keys are normed."""
+        return block.get_submodule(self.parts[0].path)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The decoder blocks, in order."""

@@ -72,8 +72,8 @@ class LinearFormat:
         if self.group and K % self.group:
             fitting = " or ".join(str(group) for group in GROUPS if group and K % group == 0)
             raise SaltireError(
-                f"{name}: K = {K} inputs cannot be cut into groups of {self.group}. Kernels have "
-                f"groups of {', '.join(map(str, GROUPS[1:]))}; choose {fitting}, or 0 for one "
+                f"{name}: K = {K} inputs cannot be cut into group blocks of {self.group}. Kernels "
+                f"have groups of {', '.join(map(str, GROUPS[1:]))}; choose {fitting}, or 0 for one "
                 "scale an output channel."
             )
         for what, size in (

@@ -22,6 +22,7 @@ from saltire.quant.blocks import BlockRunner
 from saltire.quant.gptq import choose_grid
 from saltire.quant.layer import check_activations, finite_linear, full_names
 from saltire.quant.recipe import Recipe
+from saltire.quant.transforms.start import channel_power
 
 # (weight bits, group) from small to large. 3 bits lie in containers of 4: they save nothing.
 FORMATS = ((2, 64), (4, 0), (4, 64), (8, 0))
@@ -194,7 +195,7 @@ def output_gradients(model: PreTrainedModel, adapter: Adapter, tokens: Tensor) -
 def _minds(x: Tensor, linears: list[nn.Linear], gradients: Tensor) -> float:
     """½ Σ_n E[g_n²] · noise_n, noise_n the power of an output's error if all of the weight's power
     were lost to independent errors, after BDQ's diagonal and a rotation have spread both sides."""
-    rms_x = (sum_over_all(x.square().mean(0)) / world_size()).sqrt()
+    rms_x = channel_power(x).sqrt()
     weight = torch.cat([linear.weight.detach().float() for linear in linears])
     rms_w = weight.square().mean(0).sqrt()
     K = weight.shape[1]

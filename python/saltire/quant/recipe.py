@@ -171,7 +171,8 @@ class Recipe:
     @property
     def balances_keys(self) -> bool:
         """Whether queries and keys are evened out first, for a cache that rounds keys."""
-        return self.turns_values and self.kv_bits != UNROUNDED
+        plain = self.transform == "bdq" and self.low_rank is None
+        return plain and self.kv_bits != UNROUNDED
 
     @property
     def rounds_head(self) -> bool:

@@ -41,7 +41,7 @@ class Rounding:
         input at ``clip``. Weights: float32 [N, K]."""
         bits, G = format.weight_bits, format.group or weight.shape[1]
         turned = start.weights(weight)
-        even = torch.ones(weight.shape[1])  # a rotation makes all inputs alike
+        even = torch.ones(weight.shape[1])  # near enough for a start: a rotation evens inputs out
         grid = choose_grid(turned, even, bits, format.group, False, torch.float32, recipe.clip)
         top = 2**bits - 1 - SYMMETRIC_ZERO[bits]
         whole = turned.view(len(weight), -1, G).abs().amax(-1)
@@ -159,12 +159,12 @@ def learn_transform(
     """Move a transform so that ``Q(T(x))·Q(V(w))ᵀ`` comes nearer to ``x·wᵀ``.
 
     loss = ‖Q(T(x))·Q(V(w))ᵀ - x·wᵀ‖² / ‖x·wᵀ‖² over tokens drawn at random, through both roundings
-    (straight through; weights to nearest). Moved are log D (unless ``diagonal`` is false), the
-    dense factors (``orthogonal``: by Cayley's map, else freely), the clip of the input and those of
-    the weights; the latter only go along, as GPTQ's grid is searched anew. AdamW, cosine. Tokens
-    held out say which step was the best and when to stop: what comes back is never worse on them
-    than the start. Several processes average their losses and gradients. x: float32 [tokens, K];
-    weight: float32 [N, K].
+    (straight through; weights to the nearest symmetric level). Moved are log D (unless ``diagonal``
+    is false), the dense factors (``orthogonal``: by Cayley's map, else freely), the clip of the
+    input and those of the weights; the latter only go along, as GPTQ's grid is searched anew.
+    AdamW, cosine. Tokens held out say which step was the best and when to stop: what comes back is
+    never worse on them than the start. Several processes average their losses and gradients. x:
+    float32 [tokens, K]; weight: float32 [N, K].
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)

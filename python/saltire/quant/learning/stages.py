@@ -30,8 +30,7 @@ def turn_values(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> None
     x = runner.inputs_of(block, adapter.output)
     if not all_finite(x):
         return  # what is wrong is said, by name, where the linear is quantised
-    size = int(block.get_submodule(adapter.output.rpartition(".")[0]).head_dim)  # type: ignore[arg-type]
-    share = output.in_features // value.out_features
+    size, share = adapter.attention(block).head_dim, output.in_features // value.out_features
     fold_turns(value, output, principal_turns(sum_over_all(x.T @ x), output.weight, size, share))
     runner.forget()
 
@@ -42,15 +41,14 @@ def balance_keys(runner: BlockRunner, block: nn.Module, adapter: Adapter) -> Non
     query, key = (block.get_submodule(name) for name in adapter.groups[0][:2])
     assert isinstance(query, nn.Linear)
     assert isinstance(key, nn.Linear)
-    attention = block.get_submodule(adapter.output.rpartition(".")[0])
+    attention = adapter.attention(block)
     if hasattr(attention, "k_norm"):
         return
     x = runner.inputs_of(block, adapter.groups[0][0])
     if not all_finite(x):
         return  # as above
     query_power, key_power = (_power_of_outputs(linear, x) for linear in (query, key))
-    size = int(attention.head_dim)  # type: ignore[arg-type]
-    fold_key_diagonal(query, key, key_diagonal(query_power, key_power, size))
+    fold_key_diagonal(query, key, key_diagonal(query_power, key_power, attention.head_dim))
     runner.forget()
 
 

@@ -40,7 +40,7 @@ def starting_transform(x: Tensor, weight: Tensor, recipe: Recipe) -> Transform:
     how = _rotation(K, recipe)
     if recipe.transform == "hadamard":
         return Transform(ones, *how)
-    rms_x, rms_w = _over_all(_power(x)).sqrt(), weight.square().mean(0).sqrt()
+    rms_x, rms_w = channel_power(x).sqrt(), weight.square().mean(0).sqrt()
     return Transform(input_diagonal(rms_x, rms_w).float(), *how)
 
 
@@ -68,9 +68,13 @@ def kronecker_sizes(K: int) -> tuple[int, int]:
     return A, K // A
 
 
-def _power(x: Tensor) -> Tensor:
-    """The mean square of each channel, float [K], without a second copy of x."""
-    return torch.stack([part.square().sum(0) for part in x.split(CHUNK)]).sum(0) / len(x)
+def channel_power(x: Tensor) -> Tensor:
+    """The mean square of each channel over the tokens of all processes, without a second copy of x.
+
+    x: float [tokens, K], as many tokens in each process. Returns float [K].
+    """
+    sums = torch.stack([part.square().sum(0) for part in x.split(CHUNK)]).sum(0)
+    return _over_all(sums / len(x))
 
 
 def _over_all(statistic: Tensor) -> Tensor:
